@@ -1,0 +1,37 @@
+# `make bench` and `make test` need Python 3.10 or newer and nothing else; each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: bench test test-slow lint gpu clean
+
+# torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
+# nothing that follows asks for another build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U -c constraints.txt pip setuptools wheel
+	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+bench: $(STAMP)
+	$(BIN)/albert-fast bench $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine with a GPU, in the environment that is there: see the script.
+gpu:
+	bash benchmarks/gpu.sh $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,136 @@
+"""Which implementation serves a call, and why.
+
+A backend is a set of implementations of the operations in `albert_fast.ops`. They are asked in the order of `BACKENDS`,
+best first; the first that serves the device, dtype and shapes is used. The last one, `reference`, is plain PyTorch and
+serves everything.
+
+`ALBERT_FAST_BACKEND=name` forces one backend: an operation that it cannot serve then raises, so that a test or a
+benchmark never measures another one by mistake.
+
+To add a backend, append a `Backend` to `BACKENDS`; `load` may import what only that backend needs (Triton, a compiled
+library), so that `import albert_fast` needs neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The operations of the package: the names under which a backend's implementations are looked up. A backend serves
+# `<name>` (forward) and, unless its forward says otherwise, `<name>_backward`.
+OPERATIONS = (
+    "attention",
+    "encoder",
+    "masked_lm_loss",
+    "dropout_add_layer_norm",
+    "bias_gelu",
+    "embed_layer_norm",
+)
+
+Implementations = Mapping[str, Callable[..., Any]]
+
+
+class BackendError(RuntimeError):
+    """The backend that ALBERT_FAST_BACKEND asks for does not exist here or cannot serve the call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend is told of a call before it is asked to serve it."""
+
+    operation: str
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations.
+
+    Attributes:
+        name: what ALBERT_FAST_BACKEND calls it.
+        unavailable: why this machine cannot use it, in one line that says how to mend it; None where it can.
+        declines: why it does not serve a call; None where it does. Asked only where the backend is available.
+        load: name of the operation (or `<name>_backward`) -> function on tensors. Called on first use.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    declines: Callable[[Call], str | None]
+    load: Callable[[], Implementations]
+
+
+_reference: dict[str, Callable[..., Any]] = {}
+
+
+def reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of `albert_fast.ops` as the reference backend's implementation of `name`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _reference[name] = function
+        return function
+
+    return register
+
+
+REFERENCE = Backend(
+    name="reference",
+    unavailable=lambda: None,
+    declines=lambda call: None,
+    load=lambda: _reference,
+)
+
+# Best first.
+BACKENDS: list[Backend] = [REFERENCE]
+
+
+def choose(call: Call) -> Backend:
+    """The backend that serves `call`: the forced one, or the first that does not decline."""
+    forced = os.environ.get("ALBERT_FAST_BACKEND")
+    if forced is None:
+        return next(backend for backend in BACKENDS if refusal(backend, call) is None)
+    backend = next((backend for backend in BACKENDS if backend.name == forced), None)
+    if backend is None:
+        known = ", ".join(backend.name for backend in BACKENDS)
+        raise BackendError(
+            f"ALBERT_FAST_BACKEND is {forced!r}; this version has: {known}. Unset it to let the package choose"
+        )
+    reason = refusal(backend, call)
+    if reason is not None:
+        raise BackendError(
+            f"ALBERT_FAST_BACKEND={forced} cannot serve {call.operation} ({call.dtype}, {call.device}): {reason}"
+        )
+    return backend
+
+
+def refusal(backend: Backend, call: Call) -> str | None:
+    """Why `backend` does not serve `call`; None where it does."""
+    return backend.unavailable() or backend.declines(call)
+
+
+def implementation(name: str, call: Call) -> Callable[..., Any]:
+    """The function that serves operation `name` (`attention`, `attention_backward`, …) for this call."""
+    return choose(call).load()[name]
+
+
+def uses_reference(call: Call) -> bool:
+    """Whether the reference serves: PyTorch's own autograd then runs through its lines, and no operator is needed."""
+    return choose(call) is REFERENCE
+
+
+def report(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tuple[str, str, dict[str, str]]]:
+    """For each operation: its name, the backend that serves it on `device`, and why each other one does not."""
+    rows = []
+    for operation in OPERATIONS:
+        call = Call(operation, device, dtype, head_dim=64, activation="gelu_new")
+        others = {
+            backend.name: reason for backend in BACKENDS if (reason := refusal(backend, call)) is not None
+        }
+        rows.append((operation, choose(call).name, others))
+    return rows

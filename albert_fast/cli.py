@@ -1,0 +1,99 @@
+"""The command line: `albert-fast COMMAND …`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="albert-fast", description="ALBERT made fast.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    env = commands.add_parser("env", help="which backend serves each operation here, and why the others do not")
+    env.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; all that are here when not given")
+    env.set_defaults(run=_env)
+
+    convert = commands.add_parser("convert", help="write a checkpoint anew: sharded, single, or in another dtype")
+    convert.add_argument("source", help="a Hugging Face directory, or a weight file beside its config.json")
+    convert.add_argument("target", help="the directory to make")
+    convert.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; that of the file when not given")
+    convert.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 500MB (default: %(default)s)")
+    convert.add_argument("--bin", action="store_true", help="pytorch_model.bin in place of safetensors")
+    convert.set_defaults(run=_convert)
+
+    from albert_fast.bench import arguments
+
+    bench = commands.add_parser("bench", help="time this package beside transformers, parity first")
+    arguments.add_to(bench)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _env(args: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    import albert_fast
+    from albert_fast import backends
+
+    print(f"albert_fast {albert_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
+    names = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for name in names:
+        device = torch.device(name)
+        title = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print(f"\n{title}")
+        for operation, backend, refusals in backends.report(device):
+            print(f"  {operation:<24} {backend}")
+            for other, reason in refusals.items():
+                print(f"  {'':<24}   not {other}: {reason}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from albert_fast.checkpoint import convert
+
+    convert(
+        args.source,
+        args.target,
+        max_shard_size=args.max_shard_size,
+        safe_serialization=not args.bin,
+        dtype=args.dtype,
+    )
+    print(f"wrote {args.target}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from albert_fast.bench import run
+
+    return run.main(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status. Errors of the user's input are one line on stderr, status 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        import albert_fast
+
+        print(albert_fast.__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    from albert_fast.backends import BackendError
+
+    try:
+        return args.run(args)
+    except (ValueError, OSError, BackendError) as error:
+        print(f"albert-fast {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

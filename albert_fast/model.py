@@ -1,0 +1,926 @@
+"""AlbertModel and its heads: plain modules with transformers' parameter names, arguments and outputs.
+
+What differs from transformers, on purpose:
+
+- Padding is never computed. A batch is packed before the embeddings and padded once at the end: hidden states, attentions
+  and logits are zero at padded positions. `unpad=False` computes them as transformers does.
+- A `PackedBatch` may stand in the place of `input_ids` and `attention_mask`; the outputs are then packed, too.
+- The masked-LM loss reads the labelled positions only. With labels there are no logits, unless `return_logits=True`.
+- A row's pooled output is of its first real token; a question's answer cannot begin or end in the padding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from albert_fast import ops
+from albert_fast.activations import ACTIVATIONS
+from albert_fast.checkpoint import check_state_dict, read_state_dict, write_state_dict
+from albert_fast.config import AlbertConfig
+from albert_fast.ops.checks import check, describe, values_can_be_read
+from albert_fast.ops.encoder import RECOMPUTE
+from albert_fast.outputs import (
+    AlbertForPreTrainingOutput,
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from albert_fast.packing import PackedBatch
+
+IGNORE_INDEX = -100
+
+Model = TypeVar("Model", bound="AlbertPreTrainedModel")
+
+
+# ------------------------------------------------------------------------------------------- where the parameters live
+
+
+class AlbertEmbeddings(nn.Module):
+    """Word, position and token-type tables of width E, and their LayerNorm."""
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.embedding_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def forward(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
+        """The embedded tokens, [tokens, E]."""
+        inputs = batch.input_ids if batch.input_ids is not None else batch.inputs_embeds
+        assert inputs is not None
+        assert batch.position_ids is not None
+        assert batch.token_type_ids is not None
+        return ops.embed_layer_norm(
+            inputs,
+            batch.position_ids,
+            batch.token_type_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            eps=self.config.layer_norm_eps,
+            dropout_p=self.config.hidden_dropout_prob if self.training else 0.0,
+            seed=seed,
+            cu_seqlens=batch.cu_seqlens,
+            padding_idx=self.config.pad_token_id,
+        )
+
+
+class AlbertAttention(nn.Module):
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.dense = nn.Linear(hidden, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+
+
+class AlbertLayer(nn.Module):
+    """The shared layer: it holds the 16 tensors, `ops.encoder` runs them."""
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = AlbertAttention(config)
+        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """In the order that `ops.encoder` takes them."""
+        attention = self.attention
+        projections = (attention.query, attention.key, attention.value, attention.dense)
+        rest = (attention.LayerNorm, self.ffn, self.ffn_output, self.full_layer_layer_norm)
+        for module in (*projections, *rest):
+            yield module.weight
+            yield module.bias
+
+
+class AlbertLayerGroup(nn.Module):
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.albert_layers = nn.ModuleList([AlbertLayer(config) for _ in range(config.inner_group_num)])
+
+
+class AlbertTransformer(nn.Module):
+    """The projection E -> H and the loop over the shared layers.
+
+    Attributes:
+        recompute: what backward computes again instead of keeping it: "none", "ffn" or "layer" (see `ops.encoder`).
+    """
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = "none"
+        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+        self.albert_layer_groups = nn.ModuleList(
+            [AlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
+        )
+
+    def forward(
+        self,
+        embedded: Tensor,
+        batch: PackedBatch,
+        *,
+        seed: Tensor | None = None,
+        bias: Tensor | None = None,
+        return_all: bool = False,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Embedded tokens [tokens, E] -> [tokens, hidden], or [passes + 1, tokens, hidden] with return_all."""
+        config = self.config
+        hidden = self.embedding_hidden_mapping_in(embedded)
+        layers = [layer for group in self.albert_layer_groups for layer in group.albert_layers]
+        return ops.encoder(
+            hidden,
+            [tensor for layer in layers for tensor in layer.tensors()],
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            num_layers=config.num_hidden_layers,
+            num_groups=config.num_hidden_groups,
+            inner_group_num=config.inner_group_num,
+            num_heads=config.num_attention_heads,
+            activation=config.hidden_act,
+            eps=config.layer_norm_eps,
+            hidden_dropout_p=config.hidden_dropout_prob if self.training else 0.0,
+            attention_dropout_p=config.attention_probs_dropout_prob if self.training else 0.0,
+            seed=seed,
+            bias=bias,
+            recompute=self.recompute,
+            return_all=return_all,
+            attentions=attentions,
+        )
+
+
+class AlbertMLMHead(nn.Module):
+    """Hidden states to scores of the vocabulary: H -> E, activation, LayerNorm, word table."""
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, E]: all of the head before the word table."""
+        return self.LayerNorm(self.activation(self.dense(hidden)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> logits [tokens, vocab]."""
+        return self.decoder(self.transform(hidden))
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the labelled tokens; no logits of the others."""
+        return ops.masked_lm_loss(
+            self.transform(hidden), self.decoder.weight, self.decoder.bias, labels, ignore_index=IGNORE_INDEX
+        )
+
+
+class AlbertSOPHead(nn.Module):
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.classifier(self.dropout(pooled))
+
+
+# ------------------------------------------------------------------------------------------------------------ the base
+
+
+class AlbertPreTrainedModel(nn.Module):
+    """What AlbertModel and its heads have in common: initialisation, tied weights, checkpoints, batches.
+
+    Attributes:
+        config: the AlbertConfig.
+    """
+
+    # Tied name -> the name it shares memory with, when config.tie_word_embeddings.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    # What a checkpoint of another head may lack.
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("pooler.*", "albert.pooler.*")
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__()
+        if not isinstance(config, AlbertConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; an albert_fast.AlbertConfig was expected: "
+                "AlbertConfig.from_dict(config.to_dict()) makes one of a transformers config"
+            )
+        self.config = config
+
+    def post_init(self) -> None:
+        self.apply(self._init_weights)
+        self.tie_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers: normal(0, initializer_range), biases 0, LayerNorms 1 and 0, the embedding's padding row 0."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.LayerNorm | AlbertMLMHead):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    def tie_weights(self) -> None:
+        """Makes the tied parameters one, as config.tie_word_embeddings says."""
+        if not self.config.tie_word_embeddings:
+            return
+        for name, source in self._tied_weights_keys.items():
+            module, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(module), attribute, self.get_parameter(source))
+
+    @property
+    def _base(self) -> AlbertModel:
+        return self if isinstance(self, AlbertModel) else self.get_submodule("albert")  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.embeddings.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._base.embeddings.word_embeddings.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Elements of all parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self._base.embeddings.word_embeddings
+
+    def set_recompute(self, recompute: str) -> None:
+        """Trades time for memory in training: "none", "ffn" (about a third less) or "layer" (the least)."""
+        check(recompute in RECOMPUTE, f"recompute is {recompute!r}; one of {', '.join(RECOMPUTE)} was expected")
+        self._base.encoder.recompute = recompute
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        directory: str | os.PathLike[str],
+        *,
+        config: AlbertConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **overrides: Any,
+    ) -> Model:
+        """Reads a Hugging Face directory: config.json, and safetensors (single or sharded) or pytorch_model.bin.
+
+        Args:
+            directory: local; nothing is downloaded.
+            config: in place of the directory's config.json.
+            dtype: of the parameters; that of the file when None.
+            device: where the parameters shall be.
+            overrides: fields of the config, such as num_labels=3.
+
+        Returns:
+            the model in eval mode. Parameters of a new head are initialised, with a warning that lists them.
+
+        Raises:
+            ConfigError, CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or mis-shaped.
+        """
+        if config is None:
+            config = AlbertConfig.from_pretrained(directory, **overrides)
+        elif overrides:
+            config = AlbertConfig.from_dict(config.to_dict(), **overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        tied = cls._tied_weights_keys if config.tie_word_embeddings else {}
+        state = check_state_dict(
+            read_state_dict(directory), expected, tied=tied, newly_initialized=cls._newly_initialized
+        )
+        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
+        model.to(dtype).to_empty(device=device)
+        model.tie_weights()
+        if len(state) < len(expected):
+            model.apply(model._init_weights)
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Writes config.json and the weights, for this package and for transformers.
+
+        Everything is written under temporary names and renamed: on a failure the directory holds what it held before.
+        """
+        config = replace(self.config, architectures=[type(self).__name__], dtype=self.dtype)
+        write_state_dict(
+            directory,
+            self.state_dict(),
+            max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
+        )
+        config.save_pretrained(directory)
+
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Cuts the word table, or lengthens it with new rows (and the decoder's, with bias 0)."""
+        check(vocab_size >= 1, f"vocab_size is {vocab_size}; at least 1 was expected")
+        word = self.get_input_embeddings()
+        padding = word.padding_idx
+        check(
+            padding is None or padding < vocab_size,
+            f"vocab_size is {vocab_size}; more than pad_token_id ({padding}) was expected",
+        )
+        rows = min(vocab_size, word.num_embeddings)
+
+        def resized(old: Tensor) -> nn.Parameter:
+            new = old.new_zeros(vocab_size, *old.shape[1:])
+            if old.dim() == 2:
+                new.normal_(std=self.config.initializer_range)
+            new[:rows] = old.detach()[:rows]
+            return nn.Parameter(new, requires_grad=old.requires_grad)
+
+        with torch.no_grad():
+            word.weight = resized(word.weight)
+            word.num_embeddings = vocab_size
+            head = getattr(self, "predictions", None)
+            if head is not None:
+                head.bias = resized(head.bias)
+                head.decoder.weight, head.decoder.bias = resized(head.decoder.weight), resized(head.decoder.bias)
+                head.decoder.out_features = vocab_size
+        self.config.vocab_size = vocab_size
+        self.tie_weights()
+
+    def _packed_inputs(
+        self,
+        input_ids: Tensor | PackedBatch | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        unpad: bool,
+    ) -> tuple[PackedBatch, Tensor | None]:
+        """The packed batch, and what is added to the attention's scores (a 4-D mask, or the padding with unpad=False)."""
+        if isinstance(input_ids, PackedBatch):
+            given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+            for name, tensor in given.items():
+                check(tensor is None, f"{name} was given beside a PackedBatch: put it into the batch")
+            check(
+                attention_mask is None or attention_mask.dim() == 4,
+                "attention_mask was given beside a PackedBatch, which has no padding: drop it",
+            )
+            return input_ids, None if attention_mask is None else self._additive(attention_mask)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is not None and position_ids is None and tokens.dim() >= 2:
+            longest = self.config.max_position_embeddings
+            check(
+                tokens.shape[1] <= longest,
+                f"{'input_ids' if input_ids is not None else 'inputs_embeds'} is {describe(tokens)}: rows of "
+                f"{tokens.shape[1]}, and config.max_position_embeddings is {longest}: truncate them",
+            )
+        bias, mask = None, attention_mask
+        if attention_mask is not None and attention_mask.dim() == 4:
+            bias, mask = self._additive(attention_mask), None
+        elif attention_mask is not None and not unpad and attention_mask.dim() == 2 and tokens is not None:
+            keep = (attention_mask != 0)[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
+            bias, mask = self._additive(keep), None
+        # A compiler needs shapes that do not depend on the mask's values: all places are allotted.
+        fixed = mask is not None and torch.compiler.is_compiling() and tokens is not None
+        capacity = tokens.shape[0] * tokens.shape[1] if fixed and tokens is not None else None
+        batch = PackedBatch.from_padded(
+            input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity
+        )
+        return batch, bias
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """A 4-D mask as it is added to the scores: a boolean one keeps where it is True."""
+        check(
+            mask.dtype == torch.bool or mask.is_floating_point(),
+            f"attention_mask is {describe(mask)}; a 4-D mask must be boolean (True: attend) or floating (added to the "
+            "scores)",
+            TypeError,
+        )
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+    def _outputs(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _pad_extras(batch: PackedBatch, outputs: BaseModelOutputWithPooling) -> dict[str, tuple[Tensor, ...] | None]:
+    """hidden_states and attentions of packed outputs, padded."""
+    hidden_states, attentions = outputs.hidden_states, outputs.attentions
+    return {
+        "hidden_states": None if hidden_states is None else tuple(batch.pad(state) for state in hidden_states),
+        "attentions": None if attentions is None else tuple(batch.pad_attention(a) for a in attentions),
+    }
+
+
+def _packed_labels(batch: PackedBatch, labels: Tensor, packed: bool) -> Tensor:
+    """Labels of the packed tokens [tokens]. A label in the padding has no hidden state, and is refused."""
+    if packed:
+        check(
+            labels.shape == (batch.tokens,),
+            f"labels is {describe(labels)}; [{batch.tokens}] was expected, one for each packed token",
+        )
+        return labels
+    shape = (batch.batch_size, batch.seq_length)
+    check(labels.shape == shape, f"labels is {describe(labels)}; {list(shape)} was expected, one for each token")
+    result = batch.pack(labels, fill=IGNORE_INDEX)
+    if batch.indices is not None and values_can_be_read(labels):
+        lost = int((labels != IGNORE_INDEX).sum() - (result != IGNORE_INDEX).sum())
+        check(
+            lost == 0,
+            f"labels has {lost} labels in the padding, where attention_mask is 0: set them to {IGNORE_INDEX}, or pass "
+            "unpad=False to compute the padding as well",
+        )
+    return result
+
+
+class AlbertModel(AlbertPreTrainedModel):
+    """The encoder.
+
+    Args:
+        config: its shape.
+        add_pooling_layer: whether there is a dense layer and tanh on each row's first token.
+    """
+
+    def __init__(self, config: AlbertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = AlbertEmbeddings(config)
+        self.encoder = AlbertTransformer(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpad: bool = True,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: int64 [batch, seq]; or a PackedBatch, in place of all the others.
+            attention_mask: [batch, seq], 0 at padding; or [batch or 1, heads or 1, seq, seq], boolean (True: attend) or
+                added to the scores.
+            token_type_ids: int64 [batch, seq]; zeros when None.
+            position_ids: int64 [batch or 1, seq]; the column when None.
+            inputs_embeds: [batch, seq, E], in place of input_ids.
+            output_attentions: also each pass's attention probabilities. They come from the reference, which stores them.
+            output_hidden_states: also the input of the first pass and the output of each.
+            return_dict: False for a plain tuple; config.return_dict when None.
+            unpad: False to compute padded positions as transformers does, instead of returning zeros there.
+
+        Returns:
+            BaseModelOutputWithPooling.
+
+        Raises:
+            ValueError, TypeError, IndexError: an argument does not fit; the message names it.
+        """
+        config = self.config
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        check(
+            batch.input_ids is not None or batch.inputs_embeds is not None,
+            "the PackedBatch has neither input_ids nor inputs_embeds: make it with from_padded or from_sequences",
+        )
+        seed = None
+        if self.training and max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=batch.device)
+        attentions: list[Tensor] | None = None
+        if config.output_attentions if output_attentions is None else output_attentions:
+            attentions = []
+        all_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = self.encoder(
+            self.embeddings(batch, seed),
+            batch,
+            seed=seed,
+            bias=bias,
+            return_all=all_states,
+            attentions=attentions,
+        )
+        last = hidden[-1] if all_states else hidden
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else torch.tanh(self.pooler(batch.first(last))),
+            hidden_states=tuple(hidden.unbind(0)) if all_states else None,
+            attentions=None if attentions is None else tuple(attentions),
+        )
+        if not isinstance(input_ids, PackedBatch):
+            output = replace(output, last_hidden_state=batch.pad(last), **_pad_extras(batch, output))
+        return self._outputs(output, return_dict)
+
+
+# ----------------------------------------------------------------------------------------------------------- the heads
+
+
+class AlbertForPreTraining(AlbertPreTrainedModel):
+    """Masked language model and sentence order: what ALBERT is pretrained with."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
+        "predictions.decoder.bias": "predictions.bias",
+    }
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("predictions.*", "sop_classifier.*", "albert.pooler.*")
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        self.albert = AlbertModel(config)
+        self.predictions = AlbertMLMHead(config)
+        self.sop_classifier = AlbertSOPHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        return_logits: bool | None = None,
+        unpad: bool = True,
+    ) -> AlbertForPreTrainingOutput:
+        """As `AlbertModel.forward`, and:
+
+        Args:
+            labels: int64 [batch, seq], the masked tokens' ids, -100 elsewhere.
+            sentence_order_label: int64 [batch], 0 in order, 1 swapped.
+            return_logits: whether prediction_logits are returned; None: only without labels.
+
+        Returns:
+            AlbertForPreTrainingOutput; the loss is the sum of those whose labels were given.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss = _masked_lm(self.predictions, batch, outputs, labels, return_logits, packed)
+        sop_logits = self.sop_classifier(outputs.pooler_output)
+        if sentence_order_label is not None:
+            sop_loss = F.cross_entropy(sop_logits.view(-1, 2), sentence_order_label.view(-1))
+            loss = sop_loss if loss is None else loss + sop_loss
+        return self._outputs(
+            AlbertForPreTrainingOutput(loss, logits, sop_logits, **_extras(batch, outputs, packed)), return_dict
+        )
+
+
+class AlbertForMaskedLM(AlbertPreTrainedModel):
+    """Masked language model."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = AlbertForPreTraining._tied_weights_keys
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("predictions.*",)
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        self.albert = AlbertModel(config, add_pooling_layer=False)
+        self.predictions = AlbertMLMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        return_logits: bool | None = None,
+        unpad: bool = True,
+    ) -> MaskedLMOutput:
+        """As `AlbertModel.forward`, and:
+
+        Args:
+            labels: int64 [batch, seq], the masked tokens' ids, -100 elsewhere.
+            return_logits: whether logits are returned; None: only without labels.
+
+        Returns:
+            MaskedLMOutput; the loss is the mean over the labelled tokens.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss = _masked_lm(self.predictions, batch, outputs, labels, return_logits, packed)
+        return self._outputs(MaskedLMOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict)
+
+
+class AlbertForSequenceClassification(AlbertPreTrainedModel):
+    """One label, several, or a number for each text or pair, on the pooled output."""
+
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*", "albert.pooler.*")
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.albert = AlbertModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpad: bool = True,
+    ) -> SequenceClassifierOutput:
+        """As `AlbertModel.forward`, and:
+
+        Args:
+            labels: [batch] or [batch, num_labels]. config.problem_type says which loss; when it is None, num_labels == 1
+                means regression, integer labels one class each, and floating ones several.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels)
+        return self._outputs(
+            SequenceClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            if self.num_labels == 1:
+                problem = "regression"
+            else:
+                problem = "multi" if labels.is_floating_point() else "single"
+                problem += "_label_classification"
+        if problem == "regression":
+            if self.num_labels == 1:
+                logits, labels = logits.view(-1), labels.view(-1)
+            return F.mse_loss(logits, labels.to(logits.dtype))
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class AlbertForTokenClassification(AlbertPreTrainedModel):
+    """A label for each token: entities, parts of speech."""
+
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*",)
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.albert = AlbertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpad: bool = True,
+    ) -> TokenClassifierOutput:
+        """As `AlbertModel.forward`, and:
+
+        Args:
+            labels: int64 [batch, seq], -100 where a token has none.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, _packed_labels(batch, labels, packed), ignore_index=IGNORE_INDEX)
+        logits = logits if packed else batch.pad(logits)
+        return self._outputs(
+            TokenClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict
+        )
+
+
+class AlbertForQuestionAnswering(AlbertPreTrainedModel):
+    """Where an answer begins and ends."""
+
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("qa_outputs.*",)
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        check(config.num_labels == 2, f"config.num_labels is {config.num_labels}; 2 was expected: start and end")
+        self.num_labels = config.num_labels
+        self.albert = AlbertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpad: bool = True,
+    ) -> QuestionAnsweringModelOutput:
+        """As `AlbertModel.forward`, and:
+
+        Args:
+            start_positions, end_positions: int64 [batch], columns of the padded row; those outside it do not count.
+
+        Returns:
+            QuestionAnsweringModelOutput. Logits are [batch, seq] also for a PackedBatch: their softmax is over a row.
+        """
+        packed = isinstance(input_ids, PackedBatch)
+        batch, bias = self._packed_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
+        )
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        start, end = batch.pad(logits, fill=torch.finfo(logits.dtype).min).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss, start.contiguous(), end.contiguous(), **_extras(batch, outputs, packed)
+        )
+        return self._outputs(output, return_dict)
+
+
+class AlbertForMultipleChoice(AlbertPreTrainedModel):
+    """Which of several choices: inputs are [batch, choices, seq]."""
+
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*", "albert.pooler.*")
+
+    def __init__(self, config: AlbertConfig) -> None:
+        super().__init__(config)
+        self.albert = AlbertModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpad: bool = True,
+    ) -> MultipleChoiceModelOutput:
+        """As `AlbertModel.forward` with one dimension more, [batch, choices, seq]; choices become rows.
+
+        Args:
+            labels: int64 [batch], the right choice.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        check(
+            isinstance(tokens, Tensor) and tokens.dim() == (3 if input_ids is not None else 4),
+            "input_ids [batch, choices, seq] or inputs_embeds [batch, choices, seq, E] was expected",
+        )
+        assert isinstance(tokens, Tensor)
+        choices = tokens.shape[1]
+        flat = [
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ]
+        batch, bias = self._packed_inputs(*flat, unpad)  # type: ignore[arg-type]
+        outputs = self.albert(
+            batch,
+            bias,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return self._outputs(
+            MultipleChoiceModelOutput(loss, logits, **_extras(batch, outputs, False)), return_dict
+        )
+
+
+def _extras(
+    batch: PackedBatch, outputs: BaseModelOutputWithPooling, packed: bool
+) -> dict[str, tuple[Tensor, ...] | None]:
+    """hidden_states and attentions as the caller gets them."""
+    if packed:
+        return {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+    return _pad_extras(batch, outputs)
+
+
+def _masked_lm(
+    head: AlbertMLMHead,
+    batch: PackedBatch,
+    outputs: BaseModelOutputWithPooling,
+    labels: Tensor | None,
+    return_logits: bool | None,
+    packed: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits, if wanted, and the loss, if there are labels."""
+    hidden = outputs.last_hidden_state
+    assert hidden is not None
+    loss = None if labels is None else head.loss(hidden, _packed_labels(batch, labels, packed))
+    logits = None
+    if labels is None if return_logits is None else return_logits:
+        logits = head(hidden)
+        logits = logits if packed else batch.pad(logits)
+    return logits, loss
+
+
+def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy over the row [batch, seq]; a position outside it is ignored, as in transformers."""
+    outside = logits.shape[1]
+    return F.cross_entropy(logits, positions.view(-1).clamp(0, outside), ignore_index=outside)

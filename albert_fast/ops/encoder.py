@@ -1,0 +1,564 @@
+"""The shared-layer loop: all passes of ALBERT's encoder (arXiv 1909.11942, section 3.1), forward and backward.
+
+One layer, on packed tokens x [tokens, hidden]:
+
+    qkv = x [query; key; value]ᵀ            one product for the three
+    h   = LayerNorm(x + dropout(attention(qkv) denseᵀ))
+    y   = LayerNorm(h + act(h ffnᵀ) ffn_outputᵀ)
+
+There is no dropout after the feed-forward half: transformers has none there, and its checkpoints are what this must
+reproduce (Google's original code does drop there).
+
+Which layer a pass uses: layers l = 0 … num_layers - 1 in order, each of them the `inner_group_num` layers of group
+`int(l / (num_layers / num_groups))`. With one group and one inner layer the same 16 tensors serve every pass: their
+gradients are summed over the passes in float32 at least, inside this one node of the graph.
+
+Dropout sites: pass i uses 1 + 2 i for the attention's probabilities and 2 + 2 i for the dropout that follows `dense`;
+site 0 is the embeddings'.
+
+Precision: products in the dtype of the parameters; softmax, statistics and the sums of gradients in float32 at least.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from albert_fast import backends
+from albert_fast.activations import ACTIVATIONS
+from albert_fast.ops.attention import AttentionOptions, attention, attention_with_weights
+from albert_fast.ops.attention import reference_backward as attention_backward
+from albert_fast.ops.attention import reference_forward as attention_forward
+from albert_fast.ops.checks import check, check_cu_seqlens, check_tensor
+from albert_fast.ops.dropout import check_dropout, dropout
+from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
+
+RECOMPUTE = ("none", "ffn", "layer")
+TENSORS_PER_LAYER = 16
+
+# The activations that fused kernels know, by the name that `bias_gelu` gives them.
+FUSED_ACTIVATIONS = {
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_accurate": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_python_tanh": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "relu": "relu",
+}
+
+
+class EncoderOptions(NamedTuple):
+    """What `encoder` takes after its tensors and offsets; its docstring explains each."""
+
+    num_layers: int
+    num_groups: int
+    inner_group_num: int
+    num_heads: int
+    activation: str
+    eps: float
+    hidden_dropout_p: float
+    attention_dropout_p: float
+    seed: Tensor | None
+    bias: Tensor | None
+    recompute: str
+    return_all: bool
+
+    def layer_of_pass(self) -> list[int]:
+        """For each pass, which of the num_groups * inner_group_num layers it uses."""
+        layers_per_group = self.num_layers / self.num_groups
+        return [
+            int(layer / layers_per_group) * self.inner_group_num + inner
+            for layer in range(self.num_layers)
+            for inner in range(self.inner_group_num)
+        ]
+
+    def attention(self, pass_index: int, head_dim: int) -> AttentionOptions:
+        return AttentionOptions(
+            dropout_p=self.attention_dropout_p,
+            seed=self.seed,
+            site=1 + 2 * pass_index,
+            scale=head_dim**-0.5,
+            bias=self.bias,
+        )
+
+
+class _Layer(NamedTuple):
+    """The layer's tensors as the loop uses them: query, key and value as one matrix, prepared once for all passes."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    dense_weight: Tensor
+    dense_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    ffn_weight: Tensor
+    ffn_bias: Tensor
+    ffn_output_weight: Tensor
+    ffn_output_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def _layers(parameters: list[Tensor]) -> list[_Layer]:
+    layers = []
+    for first in range(0, len(parameters), TENSORS_PER_LAYER):
+        q, q_bias, k, k_bias, v, v_bias, *rest = parameters[first : first + TENSORS_PER_LAYER]
+        layers.append(_Layer(torch.cat([q, k, v]), torch.cat([q_bias, k_bias, v_bias]), *rest))
+    return layers
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+def encoder_reference(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: EncoderOptions,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """The loop in PyTorch. `attentions`, when given, receives each pass's [batch, heads, max_seqlen, max_seqlen]."""
+    activation = ACTIVATIONS[options.activation]
+    eps = options.eps
+
+    def feed_forward(h: Tensor, layer: _Layer) -> Tensor:
+        inner = activation(F.linear(h, layer.ffn_weight, layer.ffn_bias))
+        return F.linear(inner, layer.ffn_output_weight, layer.ffn_output_bias)
+
+    def one_pass(x: Tensor, layer: _Layer, pass_index: int) -> Tensor:
+        qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
+        attention_options = options.attention(pass_index, qkv.shape[-1])
+        if attentions is None:
+            context = attention(qkv, cu_seqlens, max_seqlen, **attention_options._asdict())
+        else:
+            rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            context, weights = attention_with_weights(*qkv.unbind(1), *rows, attention_options)
+            attentions.append(weights)
+        projected = F.linear(context, layer.dense_weight, layer.dense_bias)
+        site = 2 + 2 * pass_index
+        h = x + dropout(projected, options.hidden_dropout_p, options.seed, site, cu_seqlens)
+        h = F.layer_norm(h, h.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, eps)
+        if options.recompute == "ffn" and torch.is_grad_enabled():
+            y = checkpoint(feed_forward, h, layer, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = feed_forward(h, layer)
+        return F.layer_norm(h + y, h.shape[-1:], layer.norm_weight, layer.norm_bias, eps)
+
+    layers = _layers(parameters)
+    states = [hidden]
+    for pass_index, index in enumerate(options.layer_of_pass()):
+        if options.recompute == "layer" and torch.is_grad_enabled():
+            y = checkpoint(
+                one_pass, states[-1], layers[index], pass_index, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y = one_pass(states[-1], layers[index], pass_index)
+        states = [*states, y] if options.return_all else [y]
+    return torch.stack(states) if options.return_all else states[-1]
+
+
+# -------------------------------------------------------------------------------------------------------- the operator
+
+
+class _Saved(NamedTuple):
+    """What a pass leaves for its backward; `x` alone when recompute is "layer", without `inner` when it is "ffn"."""
+
+    x: Tensor  # [tokens, hidden], the pass's input
+    qkv: Tensor  # [tokens, 3, heads, head_dim]
+    context: Tensor  # [tokens, hidden], the attention's output
+    logsumexp: Tensor  # [heads, tokens]
+    summed: Tensor  # [tokens, hidden], input of the first LayerNorm
+    output_summed: Tensor  # [tokens, hidden], input of the second LayerNorm
+    inner: Tensor  # [tokens, intermediate], before the activation
+
+
+_KEPT = {"none": 7, "ffn": 6, "layer": 1}
+
+
+def _activate(x: Tensor, form: str) -> Tensor:
+    return F.relu(x) if form == "relu" else F.gelu(x, approximate=form)
+
+
+def _activate_backward(grad: Tensor, x: Tensor, form: str) -> Tensor:
+    return grad * (x > 0) if form == "relu" else torch.ops.aten.gelu_backward(grad, x, approximate=form)
+
+
+def _pass_forward(
+    x: Tensor, layer: _Layer, pass_index: int, cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> tuple[Tensor, _Saved]:
+    qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
+    rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    context, logsumexp = attention_forward(*qkv.unbind(1), *rows, options.attention(pass_index, qkv.shape[-1]))
+    projected = F.linear(context, layer.dense_weight, layer.dense_bias)
+    summed = x + dropout(projected, options.hidden_dropout_p, options.seed, 2 + 2 * pass_index, cu_seqlens)
+    h = F.layer_norm(
+        summed, x.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, options.eps
+    )
+    inner = F.linear(h, layer.ffn_weight, layer.ffn_bias)
+    activated = _activate(inner, FUSED_ACTIVATIONS[options.activation])
+    output_summed = h + F.linear(activated, layer.ffn_output_weight, layer.ffn_output_bias)
+    y = F.layer_norm(output_summed, x.shape[-1:], layer.norm_weight, layer.norm_bias, options.eps)
+    return y, _Saved(x, qkv, context, logsumexp, summed, output_summed, inner)
+
+
+def _pass_backward(
+    grad_y: Tensor,
+    saved: _Saved,
+    layer: _Layer,
+    grads: _Layer,
+    pass_index: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: EncoderOptions,
+) -> Tensor:
+    """Gradient of the pass's input; those of the parameters are added to `grads`."""
+    form = FUSED_ACTIVATIONS[options.activation]
+
+    def add_linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        weight.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
+        bias.add_(grad.sum(dim=0, dtype=bias.dtype))
+
+    grad_h, *norm = layer_norm_backward(
+        grad_y, saved.output_summed, layer.norm_weight, layer.norm_bias, options.eps
+    )
+    grads.norm_weight.add_(norm[0])
+    grads.norm_bias.add_(norm[1])
+    add_linear(grad_h, _activate(saved.inner, form), grads.ffn_output_weight, grads.ffn_output_bias)
+    grad_inner = _activate_backward(grad_h @ layer.ffn_output_weight, saved.inner, form)
+    h = F.layer_norm(
+        saved.summed, grad_h.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, options.eps
+    )
+    add_linear(grad_inner, h, grads.ffn_weight, grads.ffn_bias)
+    grad_h = grad_h + grad_inner @ layer.ffn_weight
+
+    grad_x, *norm = layer_norm_backward(
+        grad_h, saved.summed, layer.attention_norm_weight, layer.attention_norm_bias, options.eps
+    )
+    grads.attention_norm_weight.add_(norm[0])
+    grads.attention_norm_bias.add_(norm[1])
+    grad_projected = dropout(
+        grad_x, options.hidden_dropout_p, options.seed, 2 + 2 * pass_index, cu_seqlens
+    )
+    add_linear(grad_projected, saved.context, grads.dense_weight, grads.dense_bias)
+    rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    grad_qkv = torch.stack(
+        attention_backward(
+            grad_projected @ layer.dense_weight,
+            *saved.qkv.unbind(1),
+            saved.context,
+            saved.logsumexp,
+            *rows,
+            options.attention(pass_index, saved.qkv.shape[-1]),
+        ),
+        dim=1,
+    ).flatten(1)
+    add_linear(grad_qkv, saved.x, grads.qkv_weight, grads.qkv_bias)
+    return grad_x + grad_qkv @ layer.qkv_weight
+
+
+@backends.reference("encoder")
+def _forward(
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> tuple[Tensor, list[Tensor]]:
+    layers = _layers(parameters)
+    states, kept = [hidden], []
+    for pass_index, index in enumerate(options.layer_of_pass()):
+        y, saved = _pass_forward(states[-1], layers[index], pass_index, cu_seqlens, max_seqlen, options)
+        # Copies: an operator's outputs must not share memory with each other or with its inputs.
+        kept += [tensor.clone() for tensor in saved[: _KEPT[options.recompute]]]
+        states = [*states, y] if options.return_all else [y]
+    return (torch.stack(states) if options.return_all else states[-1].clone()), kept
+
+
+@backends.reference("encoder_backward")
+def _backward(
+    grad_output: Tensor,
+    kept: list[Tensor],
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: EncoderOptions,
+) -> list[Tensor]:
+    """Gradients of hidden and of each of the parameters."""
+    layers = _layers(parameters)
+    grads = [
+        _Layer(*(torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in layer))
+        for layer in layers
+    ]
+    passes = options.layer_of_pass()
+    count = _KEPT[options.recompute]
+    grad = grad_output[-1] if options.return_all else grad_output
+    for pass_index in reversed(range(len(passes))):
+        layer, layer_grads = layers[passes[pass_index]], grads[passes[pass_index]]
+        tensors = kept[pass_index * count : (pass_index + 1) * count]
+        if options.recompute == "none":
+            saved = _Saved(*tensors)
+        elif options.recompute == "ffn":
+            summed = tensors[4]
+            norm = (layer.attention_norm_weight, layer.attention_norm_bias)
+            h = F.layer_norm(summed, summed.shape[-1:], *norm, options.eps)
+            saved = _Saved(*tensors, F.linear(h, layer.ffn_weight, layer.ffn_bias))
+        else:
+            _, saved = _pass_forward(tensors[0], layer, pass_index, cu_seqlens, max_seqlen, options)
+        grad = _pass_backward(
+            grad, saved, layer, layer_grads, pass_index, cu_seqlens, max_seqlen, options
+        )
+        if options.return_all:
+            grad = grad + grad_output[pass_index]
+    flat = [g for layer in grads for g in (*_split_qkv(layer.qkv_weight, layer.qkv_bias), *layer[2:])]
+    return [grad.clone(), *(g.to(p.dtype) for g, p in zip(flat, parameters, strict=True))]
+
+
+def _split_qkv(weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """Gradients of the joined projection -> weight and bias of query, key and value."""
+    pairs = zip(weight.chunk(3), bias.chunk(3), strict=True)
+    return [tensor.clone() for pair in pairs for tensor in pair]
+
+
+def _call(hidden: Tensor, num_heads: int, activation: str) -> backends.Call:
+    head_dim = hidden.shape[-1] // num_heads
+    return backends.Call("encoder", hidden.device, hidden.dtype, head_dim=head_dim, activation=activation)
+
+
+@torch.library.custom_op("albert_fast::encoder", mutates_args=())
+def _op(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_layers: int,
+    num_groups: int,
+    inner_group_num: int,
+    num_heads: int,
+    activation: str,
+    eps: float,
+    hidden_dropout_p: float,
+    attention_dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    recompute: str,
+    return_all: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    options = EncoderOptions(
+        num_layers,
+        num_groups,
+        inner_group_num,
+        num_heads,
+        activation,
+        eps,
+        hidden_dropout_p,
+        attention_dropout_p,
+        seed,
+        bias,
+        recompute,
+        return_all,
+    )
+    function = backends.implementation("encoder", _call(hidden, num_heads, activation))
+    return function(hidden, parameters, cu_seqlens, max_seqlen, options)
+
+
+@_op.register_fake
+def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-untyped-def]
+    options = EncoderOptions(*options)
+    tokens, width = hidden.shape
+    passes = len(options.layer_of_pass())
+    output = hidden.new_empty((passes + 1, tokens, width) if options.return_all else (tokens, width))
+    state = (tokens, width)
+    shapes = [
+        state,
+        (tokens, 3, options.num_heads, width // options.num_heads),
+        state,
+        (options.num_heads, tokens),
+        state,
+        state,
+        (tokens, parameters[10].shape[0]),
+    ]
+    at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
+    dtypes = [at_least_float32 if i == 3 else hidden.dtype for i in range(len(shapes))]
+    count = _KEPT[options.recompute]
+    kept = [
+        hidden.new_empty(shape, dtype=dtype)
+        for _ in range(passes)
+        for shape, dtype in list(zip(shapes, dtypes, strict=True))[:count]
+    ]
+    return output, kept
+
+
+@torch.library.custom_op("albert_fast::encoder_backward", mutates_args=())
+def _backward_op(
+    grad_output: Tensor,
+    kept: list[Tensor],
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_layers: int,
+    num_groups: int,
+    inner_group_num: int,
+    num_heads: int,
+    activation: str,
+    eps: float,
+    hidden_dropout_p: float,
+    attention_dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    recompute: str,
+    return_all: bool,
+) -> list[Tensor]:
+    options = EncoderOptions(
+        num_layers,
+        num_groups,
+        inner_group_num,
+        num_heads,
+        activation,
+        eps,
+        hidden_dropout_p,
+        attention_dropout_p,
+        seed,
+        bias,
+        recompute,
+        return_all,
+    )
+    function = backends.implementation("encoder_backward", _call(grad_output, num_heads, activation))
+    return function(grad_output.contiguous(), kept, parameters, cu_seqlens, max_seqlen, options)
+
+
+@_backward_op.register_fake
+def _(grad_output, kept, parameters, *args):  # type: ignore[no-untyped-def]
+    grad_hidden = grad_output.new_empty(grad_output.shape[-2:])
+    return [grad_hidden, *(torch.empty_like(parameter) for parameter in parameters)]
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, parameters, cu_seqlens, ctx.max_seqlen, *options = inputs
+    ctx.options = EncoderOptions(*options)._replace(seed=None, bias=None)
+    seed, bias = options[8], options[9]
+    ctx.counts = (len(output[1]), len(parameters))
+    ctx.save_for_backward(*output[1], *parameters, cu_seqlens, seed, bias)
+
+
+def _autograd(ctx, grad_output, _grad_kept):  # type: ignore[no-untyped-def]
+    *tensors, cu_seqlens, seed, bias = ctx.saved_tensors
+    kept, parameters = tensors[: ctx.counts[0]], tensors[ctx.counts[0] :]
+    options = ctx.options._replace(seed=seed, bias=bias)
+    grad_hidden, *grads = _backward_op(grad_output, kept, parameters, cu_seqlens, ctx.max_seqlen, *options)
+    return grad_hidden, grads, *([None] * 14)
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# ----------------------------------------------------------------------------------------------------- public function
+
+
+def encoder(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    num_layers: int,
+    num_groups: int = 1,
+    inner_group_num: int = 1,
+    num_heads: int,
+    activation: str = "gelu_new",
+    eps: float = 1e-12,
+    hidden_dropout_p: float = 0.0,
+    attention_dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    recompute: str = "none",
+    return_all: bool = False,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """All passes of the encoder over packed tokens.
+
+    Args:
+        hidden: [tokens, hidden], floating point: the embeddings after their projection.
+        parameters: 16 tensors a layer: weight and bias of query, key, value, dense, attention.LayerNorm, ffn, ffn_output,
+            full_layer_layer_norm; the layers by group, then inner. Matrices are [out, in].
+        cu_seqlens, max_seqlen: int32 [batch + 1], where each row begins, and an upper bound of the rows' lengths.
+        num_layers, num_groups, inner_group_num: `num_layers * inner_group_num` passes; see above for which layer each uses.
+        num_heads: hidden must be a multiple of it.
+        activation: a name in `albert_fast.activations.ACTIVATIONS`.
+        eps: of both LayerNorms.
+        hidden_dropout_p, attention_dropout_p: after `dense`, and of the attention's probabilities; they need `seed`.
+        seed: int64 tensor with one element, on the device.
+        bias: added to the attention's scores of every pass, as in `cross_attention`.
+        recompute: what backward computes again instead of keeping it: "none", "ffn" (the feed-forward half: keeps about
+            60 % of the memory) or "layer" (all but the input of each pass).
+        return_all: also the input of the first pass and the output of each.
+        attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond each
+            row. Only the reference stores them: it serves such a call.
+
+    Returns:
+        [tokens, hidden]; with return_all [passes + 1, tokens, hidden].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    options = EncoderOptions(
+        num_layers,
+        num_groups,
+        inner_group_num,
+        num_heads,
+        activation,
+        eps,
+        hidden_dropout_p,
+        attention_dropout_p,
+        seed,
+        bias,
+        recompute,
+        return_all,
+    )
+    _check_encoder(hidden, parameters, cu_seqlens, max_seqlen, options)
+    if attentions is not None or backends.uses_reference(_call(hidden, num_heads, activation)):
+        return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
+    output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options)
+    return output
+
+
+def _check_encoder(
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> None:
+    check_tensor("hidden", hidden, (None, None))
+    width = hidden.shape[1]
+    for name in ("num_layers", "num_groups", "inner_group_num", "num_heads"):
+        check(getattr(options, name) >= 1, f"{name} is {getattr(options, name)}; at least 1 was expected")
+    check(
+        options.num_groups <= options.num_layers,
+        f"num_groups is {options.num_groups} and num_layers {options.num_layers}; no more groups than layers were expected",
+    )
+    check(
+        width % options.num_heads == 0,
+        f"num_heads is {options.num_heads}; a divisor of the hidden size {width} was expected",
+    )
+    check(
+        options.activation in ACTIVATIONS,
+        f"activation is {options.activation!r}; one of {', '.join(ACTIVATIONS)} was expected",
+    )
+    check(
+        options.recompute in RECOMPUTE,
+        f"recompute is {options.recompute!r}; one of {', '.join(RECOMPUTE)} was expected",
+    )
+    expected = TENSORS_PER_LAYER * options.num_groups * options.inner_group_num
+    check(
+        len(parameters) == expected,
+        f"parameters has {len(parameters)} tensors; {expected} were expected, {TENSORS_PER_LAYER} for each of "
+        f"{options.num_groups} x {options.inner_group_num} layers",
+    )
+    for first in range(0, expected, TENSORS_PER_LAYER):
+        inner = parameters[first + 10].shape[0]
+        square, vector = (width, width), (width,)
+        shapes = (square, vector) * 4 + (vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector)
+        for offset, shape in enumerate(shapes):
+            check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden)
+    check_dropout(options.hidden_dropout_p, options.seed, hidden.device)
+    check_dropout(options.attention_dropout_p, options.seed, hidden.device)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0], max_seqlen, hidden)

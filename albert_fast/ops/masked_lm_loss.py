@@ -1,0 +1,300 @@
+"""The masked-LM loss of the labelled tokens, without a tensor of logits for all of them.
+
+For a labelled token with head output x, logits z = table x + bias over a vocabulary of V, label y and L = logsumexp(z):
+
+    loss = L - (1 - s) z[y] - (s / V) sum(z) + c L²
+
+with s the label smoothing (Szegedy et al., arXiv 1512.00567, section 7) and c the z-loss (Chowdhery et al., arXiv
+2204.02311, section 5). Its gradient is dz = (1 + 2 c L) softmax(z) - (1 - s) onehot(y) - s / V.
+
+Shapes: x [tokens, E], table [V, E], bias [V], labels [tokens]; per-token results [tokens], zero where there is no label.
+The reference reads x at the labelled positions only, and holds the logits of a few hundred of them at a time; backward
+computes them again, which at E = 128 costs less than it would to store them.
+
+Precision: logits are in float32 at least once they are summed; the products are in the dtype of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from albert_fast import backends
+from albert_fast.ops.checks import check, check_ids, check_tensor, values_can_be_read
+
+REDUCTIONS = ("mean", "sum", "none")
+
+# Logits that the reference holds at a time: 64 MB in float32.
+_CHUNK_ELEMENTS = 2**24
+
+
+class MaskedLMStatistics(NamedTuple):
+    """Of each token, without gradients; zero (False) where there is no label.
+
+    Attributes:
+        loss: [tokens], float32 at least, with smoothing and z-loss.
+        logsumexp: [tokens], of the logits.
+        correct: bool [tokens], the label has the largest logit (the first of several largest).
+        labelled: bool [tokens], the token has a label.
+    """
+
+    loss: Tensor
+    logsumexp: Tensor
+    correct: Tensor
+    labelled: Tensor
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of the labelled tokens whose label has the largest logit; 0 without labels."""
+        return self.correct.sum() / self.labelled.sum().clamp(min=1)
+
+
+def _logits(x: Tensor, table: Tensor, bias: Tensor) -> Tensor:
+    logits = F.linear(x, table, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _token_losses(
+    x: Tensor, table: Tensor, bias: Tensor, labels: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, logsumexp and correct of tokens that all have a label: the formula."""
+    logits = _logits(x, table, bias)
+    logsumexp = logits.logsumexp(dim=-1)
+    target = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    loss = (
+        logsumexp
+        - (1.0 - label_smoothing) * target
+        - label_smoothing * logits.mean(dim=-1)
+        + z_loss * logsumexp.square()
+    )
+    return loss, logsumexp.detach(), logits.argmax(dim=-1) == labels
+
+
+def _chunks(x: Tensor, table: Tensor, labels: Tensor, ignore_index: int) -> Iterator[Tensor]:
+    """Positions of the labelled tokens, a few hundred at a time (at least one chunk, which may be empty)."""
+    positions = (labels != ignore_index).nonzero().squeeze(1)
+    yield from positions.split(max(1, _CHUNK_ELEMENTS // table.shape[0]))
+
+
+def masked_lm_loss_reference(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, logsumexp and correct of each token, [tokens]."""
+
+    def run(function: Callable[..., tuple[Tensor, ...]], *args: Tensor | float) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    chunks = list(_chunks(x, table, labels, ignore_index))
+    parts = [run(_token_losses, x[c], table, bias, labels[c], label_smoothing, z_loss) for c in chunks]
+    positions = torch.cat(chunks)
+    loss, logsumexp, correct = (torch.cat(part) for part in zip(*parts, strict=True))
+    tokens = x.shape[0]
+    return (
+        loss.new_zeros(tokens).index_copy(0, positions, loss),
+        logsumexp.new_zeros(tokens).index_copy(0, positions, logsumexp),
+        correct.new_zeros(tokens).index_copy(0, positions, correct),
+    )
+
+
+@backends.reference("masked_lm_loss")
+def _forward(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return masked_lm_loss_reference(
+        x, table, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+
+
+@backends.reference("masked_lm_loss_backward")
+def _backward(
+    grad_loss: Tensor,
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = logsumexp.dtype
+    grad_x = torch.zeros_like(x)
+    grad_table, grad_bias = torch.zeros_like(table, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
+    for positions in _chunks(x, table, labels, ignore_index):
+        rows, total = x[positions], logsumexp[positions].unsqueeze(-1)
+        grad = (_logits(rows, table, bias) - total).exp_() * (1.0 + 2.0 * z_loss * total)
+        grad -= label_smoothing / table.shape[0]
+        target = labels[positions].unsqueeze(-1)
+        grad.scatter_add_(-1, target, torch.full_like(total, label_smoothing - 1.0))
+        grad *= grad_loss[positions].unsqueeze(-1)
+        grad_x[positions] = (grad @ table.to(dtype)).to(x.dtype)
+        grad_table.addmm_(grad.t(), rows.to(dtype))
+        grad_bias += grad.sum(dim=0)
+    return grad_x, grad_table.to(table.dtype), grad_bias.to(bias.dtype)
+
+
+def _call(x: Tensor) -> backends.Call:
+    return backends.Call("masked_lm_loss", x.device, x.dtype)
+
+
+@torch.library.custom_op("albert_fast::masked_lm_loss", mutates_args=())
+def _op(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = backends.implementation("masked_lm_loss", _call(x))
+    return function(x, table, bias, labels, ignore_index, label_smoothing, z_loss)
+
+
+@_op.register_fake
+def _(x, table, bias, labels, *args):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(x.shape[0], dtype=dtype)
+    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+
+
+@torch.library.custom_op("albert_fast::masked_lm_loss_backward", mutates_args=())
+def _backward_op(
+    grad_loss: Tensor,
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = backends.implementation("masked_lm_loss_backward", _call(x))
+    return function(grad_loss, x, table, bias, labels, logsumexp, ignore_index, label_smoothing, z_loss)
+
+
+@_backward_op.register_fake
+def _(grad_loss, x, table, bias, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(table), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss = inputs
+    _, logsumexp, correct = output
+    ctx.mark_non_differentiable(logsumexp, correct)
+    ctx.save_for_backward(*tensors, logsumexp)
+
+
+def _autograd(ctx, grad_loss, _grad_logsumexp, _grad_correct):  # type: ignore[no-untyped-def]
+    options = (ctx.ignore_index, ctx.label_smoothing, ctx.z_loss)
+    return *_backward_op(grad_loss, *ctx.saved_tensors, *options), *([None] * 4)
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def masked_lm_loss(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The masked-LM loss.
+
+    Args:
+        x: [tokens, E], the head's output before the word table, floating point.
+        table: [V, E], the dtype of x or, under autocast, float32.
+        bias: [V], the dtype of table.
+        labels: int64 [tokens], in [0, V) or `ignore_index`.
+        ignore_index: the label of the tokens that have none.
+        label_smoothing: in [0, 1).
+        z_loss: factor of logsumexp², at least 0.
+        reduction: "mean" over the labelled tokens (0 with zero gradients where there are none), "sum", or "none".
+
+    Returns:
+        a scalar, or [tokens] for "none" (zero without a label); float32, float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit; the message names it.
+    """
+    loss, statistics = masked_lm_loss_with_statistics(
+        x,
+        table,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+    )
+    return loss
+
+
+def masked_lm_loss_with_statistics(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, MaskedLMStatistics]:
+    """`masked_lm_loss`, and what was seen on the way: each token's loss, logsumexp and whether its label came first."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    check_tensor("x", x, (None, None), dtype=floats)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtypes = floats if autocast else x.dtype
+    check_tensor("table", table, (None, x.shape[1]), like=x, dtype=dtypes)
+    check_tensor("bias", bias, (table.shape[0],), like=x, dtype=dtypes)
+    check_tensor("labels", labels, (x.shape[0],), like=x, dtype=torch.int64)
+    check(reduction in REDUCTIONS, f"reduction is {reduction!r}; one of {', '.join(REDUCTIONS)} was expected")
+    check(
+        0.0 <= label_smoothing < 1.0,
+        f"label_smoothing is {label_smoothing}; at least 0 and below 1 was expected",
+    )
+    check(z_loss >= 0.0, f"z_loss is {z_loss}; a factor of at least 0 was expected")
+    labelled = labels != ignore_index
+    if values_can_be_read(labels):
+        check_ids("labels", labels[labelled], table.shape[0], "the word table")
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    # How many tokens have labels is not known to a compiler: there, the operator hides it.
+    if backends.uses_reference(_call(x)) and not torch.compiler.is_compiling():
+        loss, logsumexp, correct = masked_lm_loss_reference(x, table, bias, labels, **options)
+    else:
+        if autocast:
+            x, table, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, table, bias))
+        loss, logsumexp, correct = _op(x, table, bias, labels, *options.values())
+    statistics = MaskedLMStatistics(loss.detach(), logsumexp, correct, labelled)
+    if reduction == "mean":
+        loss = loss.sum() / labelled.sum().clamp(min=1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss, statistics
