@@ -129,8 +129,6 @@ def report(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tup
     rows = []
     for operation in OPERATIONS:
         call = Call(operation, device, dtype, head_dim=64, activation="gelu_new")
-        others = {
-            backend.name: reason for backend in BACKENDS if (reason := refusal(backend, call)) is not None
-        }
+        others = {backend.name: reason for backend in BACKENDS if (reason := refusal(backend, call)) is not None}
         rows.append((operation, choose(call).name, others))
     return rows

@@ -71,9 +71,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     named = {re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", k)): v for k, v in tensors.items()}
     if len(named) != len(tensors):
-        raise CheckpointError(
-            f"{path} has old (gamma, beta) and new (weight, bias) names for the same tensor"
-        )
+        raise CheckpointError(f"{path} has old (gamma, beta) and new (weight, bias) names for the same tensor")
     return named
 
 
@@ -87,22 +85,20 @@ def _entry(directory: Path) -> Path:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise CheckpointError(
-            f"{path} is no weight file: expected .safetensors, .bin, .pt, .pth or .index.json"
-        )
+        raise CheckpointError(f"{path} is no weight file: expected .safetensors, .bin, .pt, .pth or .index.json")
     try:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty: fetch or save it anew")
         loaded = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except (CheckpointError, MemoryError):
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what the two readers raise on damage is not documented, and ranges widely
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise CheckpointError(f"{path} is damaged or of another format ({reason}): fetch it anew") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(
-            f"{path} is not a state dict but a {type(loaded).__name__}: save model.state_dict()"
-        )
+        raise CheckpointError(f"{path} is not a state dict but a {type(loaded).__name__}: save model.state_dict()")
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             what = f"{name!r} is a {type(tensor).__name__}, not a named tensor"
@@ -135,14 +131,10 @@ def _read_shards(index_path: Path) -> dict[str, Tensor]:
     for name, file in weight_map.items():
         # A plain name, so that an index from elsewhere cannot make us open files outside its directory.
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise CheckpointError(
-                f"{index_path} puts {name} in {file!r}, expected the name of a file beside it"
-            )
+            raise CheckpointError(f"{index_path} puts {name} in {file!r}, expected the name of a file beside it")
         names_of.setdefault(file, []).append(name)
     if absent := sorted(file for file in names_of if not (index_path.parent / file).is_file()):
-        raise CheckpointError(
-            f"{index_path} names files that are not beside it: {', '.join(absent)}. Fetch them"
-        )
+        raise CheckpointError(f"{index_path} names files that are not beside it: {', '.join(absent)}. Fetch them")
     tensors: dict[str, Tensor] = {}
     for file, names in names_of.items():
         shard = _read_file(index_path.parent / file)
@@ -175,9 +167,7 @@ def write_state_dict(
     be stored, and whatever the file system raises.
     """
     if metadata and not safe_serialization:
-        raise CheckpointError(
-            "metadata can only be stored in safetensors: drop it, or safe_serialization=False"
-        )
+        raise CheckpointError("metadata can only be stored in safetensors: drop it, or safe_serialization=False")
     directory = Path(directory)
     tensors = _distinct(state_dict)
     shards = _split(tensors, _bytes(max_shard_size))
@@ -273,9 +263,7 @@ def _distinct(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in sorted(state_dict, key=lambda name: ".decoder." in name):  # stable
         tensor = state_dict[name]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            what = f"a {type(tensor).__name__}" + (
-                f" ({tensor.device})" if isinstance(tensor, Tensor) else ""
-            )
+            what = f"a {type(tensor).__name__}" + (f" ({tensor.device})" if isinstance(tensor, Tensor) else "")
             raise CheckpointError(f"{name} is {what}, expected a dense tensor that has values")
         memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         kept.setdefault(memory if tensor.numel() else name, name)
@@ -321,9 +309,7 @@ def _bytes(size: int | str) -> int:
         power = " KMGT".index((found[2] or " ").upper())
         if (count := int(float(found[1]) * (1024 if found[3] else 1000) ** power)) > 0:
             return count
-    raise CheckpointError(
-        f'max_shard_size is {size!r}, expected bytes above 0, or for example "5GB" or "500MiB"'
-    )
+    raise CheckpointError(f'max_shard_size is {size!r}, expected bytes above 0, or for example "5GB" or "500MiB"')
 
 
 def check_state_dict(
@@ -382,9 +368,7 @@ def check_state_dict(
         "config.json; otherwise remove the wrong one of each pair)": conflicts,
     }
     if any(problems.values()):
-        groups = [
-            "\n    ".join((f"{len(lines)} {kind}:", *lines)) for kind, lines in problems.items() if lines
-        ]
+        groups = ["\n    ".join((f"{len(lines)} {kind}:", *lines)) for kind, lines in problems.items() if lines]
         raise CheckpointError("\n  ".join(("the checkpoint does not fit the model", *groups)))
     if fresh:
         left = f" Not used of the checkpoint: {', '.join(unused)}." if unused else ""
@@ -400,9 +384,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _share_tied(
-    found: dict[str, Tensor], expected: Mapping[str, object], tied: Mapping[str, str]
-) -> list[str]:
+def _share_tied(found: dict[str, Tensor], expected: Mapping[str, object], tied: Mapping[str, str]) -> list[str]:
     """Give both names of each tied pair the tensor that was found; returns the pairs whose tensors differ."""
     conflicts = []
     for pair in tied.items():
@@ -451,9 +433,7 @@ def convert(
     staging = _temporary(target)
     try:
         config.save_pretrained(staging)
-        write_state_dict(
-            staging, weights, max_shard_size=max_shard_size, safe_serialization=safe_serialization
-        )
+        write_state_dict(staging, weights, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
         for name in TOKENIZER_FILES:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, staging / name)

@@ -20,7 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="a Hugging Face directory, or a weight file beside its config.json")
     convert.add_argument("target", help="the directory to make")
     convert.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; that of the file when not given")
-    convert.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 500MB (default: %(default)s)")
+    convert.add_argument(
+        "--max-shard-size", default="5GB", help="largest weight file, such as 500MB (default: %(default)s)"
+    )
     convert.add_argument("--bin", action="store_true", help="pytorch_model.bin in place of safetensors")
     convert.set_defaults(run=_convert)
 

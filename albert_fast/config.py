@@ -7,7 +7,7 @@ import json
 import math
 import os
 import uuid
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from albert_fast.activations import ACTIVATIONS
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "albert"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_NOT_GIVEN: Any = None
 
 _SIZES = (
     "vocab_size",
@@ -110,24 +112,25 @@ class AlbertConfig:
     dtype: torch.dtype | str | None = None
     architectures: list[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    num_labels: InitVar[int | None] = None
+    num_labels: int = field(default=_NOT_GIVEN)
 
-    @property  # type: ignore[misc]
-    def num_labels(self) -> int:  # noqa: F811
-        """The number of classes, `len(id2label)`; another number names them LABEL_0, LABEL_1, …"""
-        return len(self.id2label or ())
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keeps num_labels and the names of the labels in step, when one of them is assigned later."""
+        super().__setattr__(name, value)
+        if not self.__dict__.get("_initialized"):
+            return
+        if name == "num_labels" and value != len(self.id2label or ()):
+            self._name_labels(value)
+        elif name == "id2label" and isinstance(value, dict):
+            super().__setattr__("num_labels", len(value))
 
-    @num_labels.setter
-    def num_labels(self, count: int) -> None:
+    def _name_labels(self, count: int) -> None:
         if not _is_int(count) or count < 1:
             raise _refuse("num_labels", count, "an int of at least 1", "pass the number of classes")
-        if count != self.num_labels:
-            self.id2label = _default_labels(count)
-            self.label2id = {label: index for index, label in self.id2label.items()}
+        self.id2label = _default_labels(count)
+        self.label2id = {label: index for index, label in self.id2label.items()}
 
-    def __post_init__(self, num_labels: int | None) -> None:
-        if isinstance(num_labels, property):  # not given: the property has taken the place of the default
-            num_labels = None
+    def __post_init__(self) -> None:
         if isinstance(self.dtype, str):
             named = getattr(torch, self.dtype.removeprefix("torch."), None)
             if isinstance(named, torch.dtype):  # validate() refuses the rest
@@ -135,19 +138,21 @@ class AlbertConfig:
         if self.id2label is None and self.label2id and isinstance(self.label2id, dict):
             self.id2label = {index: label for label, index in self.label2id.items()}
         if self.id2label is None:
-            self.num_labels = 2 if num_labels is None else num_labels
+            self._name_labels(2 if self.num_labels is _NOT_GIVEN else self.num_labels)
         elif isinstance(self.id2label, dict):
             try:  # JSON keys are strings
                 self.id2label = {int(index): label for index, label in self.id2label.items()}
             except (TypeError, ValueError):
                 mend = "number the labels 0, 1, …"
                 raise _refuse("id2label", self.id2label, "a dict of int to str", mend) from None
-            if num_labels is not None and num_labels != len(self.id2label):
+            if self.num_labels is not _NOT_GIVEN and self.num_labels != len(self.id2label):
                 mend = "drop num_labels, or drop id2label and label2id for the names LABEL_0, LABEL_1, …"
-                raise _refuse("num_labels", num_labels, f"{len(self.id2label)}, the length of id2label", mend)
+                raise _refuse("num_labels", self.num_labels, f"{len(self.id2label)}, the length of id2label", mend)
         if self.label2id is None and isinstance(self.id2label, dict):
             self.label2id = {label: index for index, label in self.id2label.items()}
+        self.num_labels = len(self.id2label or ())
         self.validate()
+        self._initialized = True
 
     def validate(self) -> None:
         """Check every field. Raises ConfigError: the field, its value, what was expected, how to mend it."""
@@ -185,19 +190,13 @@ class AlbertConfig:
         self._validate_labels()
         dtype, names = self.dtype, self.architectures
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise _refuse(
-                "dtype", dtype, "a floating torch dtype, its name, or None", 'for example "bfloat16"'
-            )
-        if names is not None and not (
-            isinstance(names, list) and all(isinstance(name, str) for name in names)
-        ):
+            raise _refuse("dtype", dtype, "a floating torch dtype, its name, or None", 'for example "bfloat16"')
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise _refuse("architectures", names, "a list of class names or None", "use None")
         if not isinstance(self.extra, dict) or not all(isinstance(key, str) for key in self.extra):
             raise _refuse("extra", self.extra, "a dict with str keys", "use {}")
         if known := sorted(self.extra.keys() & {*_FIELDS, "num_labels", "model_type"}):
-            raise _refuse(
-                "extra", known, "keys that are no fields of AlbertConfig", "set the fields themselves"
-            )
+            raise _refuse("extra", known, "keys that are no fields of AlbertConfig", "set the fields themselves")
 
     def _validate_tokens(self) -> None:
         pad, end = self.pad_token_id, self.eos_token_id
@@ -207,13 +206,9 @@ class AlbertConfig:
         # Stored only; eos may be a list. Not held against the vocabulary: small ones keep ALBERT's ids 2
         # and 3.
         if self.bos_token_id is not None and not _is_int(self.bos_token_id):
-            raise _refuse(
-                "bos_token_id", self.bos_token_id, "an int or None", "use the tokenizer's id of [CLS]"
-            )
+            raise _refuse("bos_token_id", self.bos_token_id, "an int or None", "use the tokenizer's id of [CLS]")
         if end is not None and not all(_is_int(each) for each in (end if isinstance(end, list) else [end])):
-            raise _refuse(
-                "eos_token_id", end, "an int, a list of ints, or None", "use the tokenizer's id of [SEP]"
-            )
+            raise _refuse("eos_token_id", end, "an int, a list of ints, or None", "use the tokenizer's id of [SEP]")
 
     def _validate_labels(self) -> None:
         labels, ids = self.id2label, self.label2id
@@ -224,9 +219,7 @@ class AlbertConfig:
             raise _refuse("label2id", ids, "a dict of str to int", "leave it out: it follows from id2label")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             mend = "leave it None to have it found from the labels"
-            raise _refuse(
-                "problem_type", self.problem_type, f"None or one of {', '.join(PROBLEM_TYPES)}", mend
-            )
+            raise _refuse("problem_type", self.problem_type, f"None or one of {', '.join(PROBLEM_TYPES)}", mend)
         if self.problem_type == "single_label_classification" and len(labels) == 1:
             mend = 'use num_labels=2, or problem_type="regression" for one output'
             raise _refuse("problem_type", self.problem_type, "two labels or more", mend)
@@ -240,24 +233,18 @@ class AlbertConfig:
         ConfigError.
         """
         if (found := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
-            raise _refuse(
-                "model_type", found, repr(MODEL_TYPE), "this is the config of another kind of model"
-            )
+            raise _refuse("model_type", found, repr(MODEL_TYPE), "this is the config of another kind of model")
         known = {*_FIELDS, "num_labels"}
         if unknown := sorted(overrides.keys() - known):  # most likely misspelt; a file's are kept in `extra`
             close = difflib.get_close_matches(unknown[0], known, n=1)
             raise _refuse(unknown[0], overrides[unknown[0]], "no such field", f"perhaps you meant {close}")
         fields_given = {key: value for key, value in values.items() if key in known}
-        extra = {
-            key: value for key, value in values.items() if key not in {*known, "model_type", "torch_dtype"}
-        }
+        extra = {key: value for key, value in values.items() if key not in {*known, "model_type", "torch_dtype"}}
         if fields_given.get("dtype") is None:
             fields_given["dtype"] = values.get("torch_dtype")  # the key's name before transformers 5
         if fields_given.get("id2label") is not None:
             fields_given.pop("num_labels", None)  # id2label wins where a file has both, as in transformers
-        if not overrides.keys().isdisjoint(
-            {"num_labels", "id2label"}
-        ):  # then none of the file's labels stays
+        if not overrides.keys().isdisjoint({"num_labels", "id2label"}):  # then none of the file's labels stays
             for key in ("num_labels", "id2label", "label2id"):
                 fields_given.pop(key, None)
         return cls(**{**fields_given, **overrides}, extra=extra)
@@ -355,5 +342,5 @@ class AlbertConfig:
         return cls(**{**shape, **overrides})
 
 
-_DEFAULTS = {f.name: f.default for f in fields(AlbertConfig) if f.name != "extra"}
+_DEFAULTS = {f.name: f.default for f in fields(AlbertConfig) if f.name not in ("extra", "num_labels")}
 _FIELDS = tuple(_DEFAULTS)

@@ -2,8 +2,8 @@
 
 What differs from transformers, on purpose:
 
-- Padding is never computed. A batch is packed before the embeddings and padded once at the end: hidden states, attentions
-  and logits are zero at padded positions. `unpad=False` computes them as transformers does.
+- Padding is never computed. A batch is packed before the embeddings and padded once at the end: hidden states,
+  attentions and logits are zero at padded positions. `unpad=False` computes them as transformers does.
 - A `PackedBatch` may stand in the place of `input_ids` and `attention_mask`; the outputs are then packed, too.
 - The masked-LM loss reads the labelled positions only. With labels there are no logits, unless `return_logits=True`.
 - A row's pooled output is of its first real token; a question's answer cannot begin or end in the padding.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,9 +130,7 @@ class AlbertTransformer(nn.Module):
         self.config = config
         self.recompute = "none"
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
-        self.albert_layer_groups = nn.ModuleList(
-            [AlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
-        )
+        self.albert_layer_groups = nn.ModuleList([AlbertLayerGroup(config) for _ in range(config.num_hidden_groups)])
 
     def forward(
         self,
@@ -147,7 +145,8 @@ class AlbertTransformer(nn.Module):
         """Embedded tokens [tokens, E] -> [tokens, hidden], or [passes + 1, tokens, hidden] with return_all."""
         config = self.config
         hidden = self.embedding_hidden_mapping_in(embedded)
-        layers = [layer for group in self.albert_layer_groups for layer in group.albert_layers]
+        groups = cast("list[AlbertLayerGroup]", list(self.albert_layer_groups))
+        layers = [cast(AlbertLayer, layer) for group in groups for layer in group.albert_layers]
         return ops.encoder(
             hidden,
             [tensor for layer in layers for tensor in layer.tensors()],
@@ -234,7 +233,8 @@ class AlbertPreTrainedModel(nn.Module):
         self.tie_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As transformers: normal(0, initializer_range), biases 0, LayerNorms 1 and 0, the embedding's padding row 0."""
+        """As transformers: normal(0, initializer_range), biases 0, LayerNorms 1 and 0, the embedding's padding row
+        0."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.LayerNorm):
@@ -300,7 +300,8 @@ class AlbertPreTrainedModel(nn.Module):
             the model in eval mode. Parameters of a new head are initialised, with a warning that lists them.
 
         Raises:
-            ConfigError, CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or mis-shaped.
+            ConfigError, CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or
+                mis-shaped.
         """
         if config is None:
             config = AlbertConfig.from_pretrained(directory, **overrides)
@@ -366,7 +367,10 @@ class AlbertPreTrainedModel(nn.Module):
             head = getattr(self, "predictions", None)
             if head is not None:
                 head.bias = resized(head.bias)
-                head.decoder.weight, head.decoder.bias = resized(head.decoder.weight), resized(head.decoder.bias)
+                head.decoder.weight, head.decoder.bias = (
+                    resized(head.decoder.weight),
+                    resized(head.decoder.bias),
+                )
                 head.decoder.out_features = vocab_size
         self.config.vocab_size = vocab_size
         self.tie_weights()
@@ -380,9 +384,14 @@ class AlbertPreTrainedModel(nn.Module):
         inputs_embeds: Tensor | None,
         unpad: bool,
     ) -> tuple[PackedBatch, Tensor | None]:
-        """The packed batch, and what is added to the attention's scores (a 4-D mask, or the padding with unpad=False)."""
+        """The packed batch, and what is added to the attention's scores (a 4-D mask, or the padding with
+        unpad=False)."""
         if isinstance(input_ids, PackedBatch):
-            given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+            given = {
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+            }
             for name, tensor in given.items():
                 check(tensor is None, f"{name} was given beside a PackedBatch: put it into the batch")
             check(
@@ -407,9 +416,7 @@ class AlbertPreTrainedModel(nn.Module):
         # A compiler needs shapes that do not depend on the mask's values: all places are allotted.
         fixed = mask is not None and torch.compiler.is_compiling() and tokens is not None
         capacity = tokens.shape[0] * tokens.shape[1] if fixed and tokens is not None else None
-        batch = PackedBatch.from_padded(
-            input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity
-        )
+        batch = PackedBatch.from_padded(input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity)
         return batch, bias
 
     def _additive(self, mask: Tensor) -> Tensor:
@@ -494,7 +501,8 @@ class AlbertModel(AlbertPreTrainedModel):
             token_type_ids: int64 [batch, seq]; zeros when None.
             position_ids: int64 [batch or 1, seq]; the column when None.
             inputs_embeds: [batch, seq, E], in place of input_ids.
-            output_attentions: also each pass's attention probabilities. They come from the reference, which stores them.
+            output_attentions: also each pass's attention probabilities. They come from the reference, which stores
+                them.
             output_hidden_states: also the input of the first pass and the output of each.
             return_dict: False for a plain tuple; config.return_dict when None.
             unpad: False to compute padded positions as transformers does, instead of returning zeros there.
@@ -506,9 +514,7 @@ class AlbertModel(AlbertPreTrainedModel):
             ValueError, TypeError, IndexError: an argument does not fit; the message names it.
         """
         config = self.config
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         check(
             batch.input_ids is not None or batch.inputs_embeds is not None,
             "the PackedBatch has neither input_ids nor inputs_embeds: make it with from_padded or from_sequences",
@@ -536,7 +542,8 @@ class AlbertModel(AlbertPreTrainedModel):
             attentions=None if attentions is None else tuple(attentions),
         )
         if not isinstance(input_ids, PackedBatch):
-            output = replace(output, last_hidden_state=batch.pad(last), **_pad_extras(batch, output))
+            extras: dict[str, Any] = _pad_extras(batch, output)
+            output = replace(output, last_hidden_state=batch.pad(last), **extras)
         return self._outputs(output, return_dict)
 
 
@@ -586,9 +593,7 @@ class AlbertForPreTraining(AlbertPreTrainedModel):
             AlbertForPreTrainingOutput; the loss is the sum of those whose labels were given.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -602,7 +607,8 @@ class AlbertForPreTraining(AlbertPreTrainedModel):
             sop_loss = F.cross_entropy(sop_logits.view(-1, 2), sentence_order_label.view(-1))
             loss = sop_loss if loss is None else loss + sop_loss
         return self._outputs(
-            AlbertForPreTrainingOutput(loss, logits, sop_logits, **_extras(batch, outputs, packed)), return_dict
+            AlbertForPreTrainingOutput(loss, logits, sop_logits, **_extras(batch, outputs, packed)),
+            return_dict,
         )
 
 
@@ -643,9 +649,7 @@ class AlbertForMaskedLM(AlbertPreTrainedModel):
             MaskedLMOutput; the loss is the mean over the labelled tokens.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -687,13 +691,11 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         """As `AlbertModel.forward`, and:
 
         Args:
-            labels: [batch] or [batch, num_labels]. config.problem_type says which loss; when it is None, num_labels == 1
-                means regression, integer labels one class each, and floating ones several.
+            labels: [batch] or [batch, num_labels]. config.problem_type says which loss; when it is None, num_labels
+                == 1 means regression, integer labels one class each, and floating ones several.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -703,9 +705,7 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None if labels is None else self._loss(logits, labels)
-        return self._outputs(
-            SequenceClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict
-        )
+        return self._outputs(SequenceClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem = self.config.problem_type
@@ -757,9 +757,7 @@ class AlbertForTokenClassification(AlbertPreTrainedModel):
             labels: int64 [batch, seq], -100 where a token has none.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -772,9 +770,7 @@ class AlbertForTokenClassification(AlbertPreTrainedModel):
         if labels is not None:
             loss = F.cross_entropy(logits, _packed_labels(batch, labels, packed), ignore_index=IGNORE_INDEX)
         logits = logits if packed else batch.pad(logits)
-        return self._outputs(
-            TokenClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict
-        )
+        return self._outputs(TokenClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict)
 
 
 class AlbertForQuestionAnswering(AlbertPreTrainedModel):
@@ -814,9 +810,7 @@ class AlbertForQuestionAnswering(AlbertPreTrainedModel):
             QuestionAnsweringModelOutput. Logits are [batch, seq] also for a PackedBatch: their softmax is over a row.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad
-        )
+        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -877,7 +871,8 @@ class AlbertForMultipleChoice(AlbertPreTrainedModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        batch, bias = self._packed_inputs(*flat, unpad)  # type: ignore[arg-type]
+        ids, mask, types, positions, embeds = flat
+        batch, bias = self._packed_inputs(ids, mask, types, positions, embeds, unpad)
         outputs = self.albert(
             batch,
             bias,
@@ -887,9 +882,7 @@ class AlbertForMultipleChoice(AlbertPreTrainedModel):
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return self._outputs(
-            MultipleChoiceModelOutput(loss, logits, **_extras(batch, outputs, False)), return_dict
-        )
+        return self._outputs(MultipleChoiceModelOutput(loss, logits, **_extras(batch, outputs, False)), return_dict)
 
 
 def _extras(

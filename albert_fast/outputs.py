@@ -55,7 +55,8 @@ class ModelOutput:
 @dataclass
 class BaseModelOutputWithPooling(ModelOutput):
     """last_hidden_state [batch, seq, hidden] (packed: [tokens, hidden]), pooler_output [batch, hidden], and on request
-    hidden_states (passes + 1 tensors like last_hidden_state) and attentions (passes tensors [batch, heads, seq, seq])."""
+    hidden_states (passes + 1 tensors like last_hidden_state) and attentions (passes tensors [batch, heads, seq,
+    seq])."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None

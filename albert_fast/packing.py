@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,15 +30,15 @@ from albert_fast.ops.checks import check, check_tensor, describe, values_can_be_
 class PackedBatch:
     """Packed inputs of a model, and where they came from.
 
-    Made by `from_padded` or `from_sequences`. A model that is given one returns packed outputs, [tokens, …]: `pad` brings
-    them into [batch, seq, …], and `rows` into a list.
+    Made by `from_padded` or `from_sequences`. A model that is given one returns packed outputs, [tokens, …]: `pad`
+    brings them into [batch, seq, …], and `rows` into a list.
 
     Attributes:
         cu_seqlens: int32 [batch + 1], on the device: row r is the tokens cu_seqlens[r] to cu_seqlens[r + 1].
         max_seqlen: an upper bound of the rows' lengths.
         batch_size, seq_length: the padded shape.
-        indices: int64 [tokens], each token's place in the flattened padded batch (batch_size * seq_length for a token of
-            no row); None when every place is taken, so that packing is a view.
+        indices: int64 [tokens], each token's place in the flattened padded batch (batch_size * seq_length for a token
+            of no row); None when every place is taken, so that packing is a view.
         input_ids, token_type_ids, position_ids: int64 [tokens], or None.
         inputs_embeds: [tokens, E], in place of input_ids, or None.
     """
@@ -68,7 +69,8 @@ class PackedBatch:
 
         Args:
             input_ids: int64 [batch, seq], or None with `inputs_embeds` [batch, seq, E].
-            attention_mask: [batch, seq] of any dtype, 0 where there is padding, at any place of the row. None: no padding.
+            attention_mask: [batch, seq] of any dtype, 0 where there is padding, at any place of the row. None: no
+                padding.
             token_type_ids: int64 [batch, seq]; zeros when None.
             position_ids: int64 [batch or 1, seq]; the column in the padded row when None.
             lengths: the rows' lengths on the host, in place of `attention_mask`, when the padding is at the end.
@@ -153,7 +155,8 @@ class PackedBatch:
         lengths: Sequence[int] | None = None,
         capacity: int | None = None,
     ) -> PackedBatch:
-        """Where the tokens of a padded batch of `shape` [batch, seq] go, without any inputs. Arguments as `from_padded`."""
+        """Where the tokens of a padded batch of `shape` [batch, seq] go, without any inputs. Arguments as
+        `from_padded`."""
         batch_size, seq_length = shape
         places = batch_size * seq_length
         if lengths is not None:
@@ -203,7 +206,8 @@ class PackedBatch:
         return self.cu_seqlens.device
 
     def pack(self, x: Tensor, fill: float | None = None) -> Tensor:
-        """[batch, seq, …] -> [tokens, …]. `fill` is the value of the tokens of no row (fixed capacity); else it is any."""
+        """[batch, seq, …] -> [tokens, …]. `fill` is the value of the tokens of no row (fixed capacity); else it is
+        any."""
         flat = x.flatten(0, 1)
         if self.indices is None:
             return flat
@@ -258,11 +262,11 @@ class PackedBatch:
     def rows(self, x: Tensor) -> list[Tensor]:
         """x [tokens, …] as one tensor for each row (views; the offsets come to the host)."""
         offsets = self.cu_seqlens.tolist()
-        return [x[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+        return [x[start:end] for start, end in pairwise(offsets)]
 
     def to(self, device: torch.device | str, **options: Any) -> PackedBatch:
         """The batch with its tensors on `device`; options as `Tensor.to`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, **options) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

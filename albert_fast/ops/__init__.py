@@ -1,4 +1,5 @@
-"""The operations: one file each, with its mathematics, its reference in PyTorch, its operator and its public function."""
+"""The operations: one file each, with its mathematics, its reference in PyTorch, its operator and its public
+function."""
 
 from albert_fast.ops.attention import attention, cross_attention
 from albert_fast.ops.bias_gelu import bias_gelu

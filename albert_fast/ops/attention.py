@@ -1,14 +1,14 @@
 """Attention over packed rows: softmax(Q Kᵀ · scale + bias) V, no padding read or written.
 
 Row r of the batch owns the tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]` and attends to nothing else. Tokens beyond the
-last offset belong to no row: their output is zero, and so is their gradient. So is the output of a query that may attend
-to no key at all (every score -inf, or a row without keys): never NaN.
+last offset belong to no row: their output is zero, and so is their gradient. So is the output of a query that may
+attend to no key at all (every score -inf, or a row without keys): never NaN.
 
-Shapes: query [tokens_q, heads, head_dim], key and value [tokens_k, heads, head_dim], output [tokens_q, heads * head_dim],
-logsumexp [heads, tokens_q] in float32 (float64 for float64 inputs; -inf where a query has no key).
+Shapes: query [tokens_q, heads, head_dim], key and value [tokens_k, heads, head_dim], output [tokens_q, heads *
+head_dim], logsumexp [heads, tokens_q] in float32 (float64 for float64 inputs; -inf where a query has no key).
 
-Precision: scores and softmax are in float32 at least; in bfloat16 and float16 the probabilities are rounded to the input's
-type before the product with V, as in every flash-attention kernel (Dao, arXiv 2307.08691, section 3).
+Precision: scores and softmax are in float32 at least; in bfloat16 and float16 the probabilities are rounded to the
+input's type before the product with V, as in every flash-attention kernel (Dao, arXiv 2307.08691, section 3).
 
 Dropout (Srivastava et al., applied to the probabilities as in Devlin et al., arXiv 1810.04805) draws the mask of
 `albert_fast.ops.dropout`: the same for every backend.
@@ -102,14 +102,17 @@ def _keep(run: _Run, probabilities: Tensor, options: AttentionOptions) -> Tensor
     rows = torch.arange(run.first_row, run.first_row + run.rows, device=probabilities.device)
     row_and_head = rows[:, None] * heads + torch.arange(heads, device=probabilities.device)
     positions = torch.arange(queries, device=probabilities.device)
-    keep = keep_mask(
-        options.seed, options.site, row_and_head[:, :, None], positions, keys, options.dropout_p
-    )
+    keep = keep_mask(options.seed, options.site, row_and_head[:, :, None], positions, keys, options.dropout_p)
     return keep.to(probabilities.dtype) / (1.0 - options.dropout_p)
 
 
 def _formula(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The definition: output, logsumexp, and each run's probabilities after dropout."""
     outputs, logsumexps, weights = [], [], []
@@ -151,7 +154,12 @@ def attention_with_weights(
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
 ) -> Tensor:
     """The same output; without dropout through PyTorch's fused attention, which does not store the probabilities."""
     if options.dropout_p > 0.0:
@@ -201,7 +209,8 @@ def reference_backward(
     max_seqlen_k: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dS = P · (dP - rowsum(dO · O)): what is left of the softmax's Jacobian (Dao et al., arXiv 2205.14135, appendix B)."""
+    """dS = P · (dP - rowsum(dO · O)): what is left of the softmax's Jacobian (Dao et al., arXiv 2205.14135, appendix
+    B)."""
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     grad_output, output = grad_output.view(query.shape), output.view(query.shape)
     for run in _runs(cu_seqlens_q, cu_seqlens_k):
@@ -343,7 +352,9 @@ def cross_attention(
     """
     check_tensor("query", query, (None, None, None))
     check(
-        query.is_floating_point(), f"query is {describe(query)}; a floating-point tensor was expected", TypeError
+        query.is_floating_point(),
+        f"query is {describe(query)}; a floating-point tensor was expected",
+        TypeError,
     )
     heads, head_dim = query.shape[1:]
     for name, x in (("key", key), ("value", value)):
@@ -363,9 +374,7 @@ def cross_attention(
     # The reference reads the offsets, which a compiler cannot trace: there, the operator hides it.
     if backends.uses_reference(_call(query)) and not torch.compiler.is_compiling():
         return attention_reference(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
-    output, _ = _attention_op(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options
-    )
+    output, _ = _attention_op(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
     return output
 
 
@@ -422,12 +431,12 @@ def _check_bias(bias: Tensor, query: Tensor, batch: int, heads: int, max_q: int,
     )
     check(
         bias.is_floating_point(),
-        f"bias is {describe(bias)}; a floating-point tensor that is added to the scores was expected: turn a boolean mask "
-        "into 0 and -inf",
+        f"bias is {describe(bias)}; a floating-point tensor that is added to the scores was expected: turn a boolean "
+        "mask into 0 and -inf",
         TypeError,
     )
     check(bias.device == query.device, f"bias is on {bias.device}; {query.device} was expected")
     check(
         not (bias.requires_grad and torch.is_grad_enabled()),
-        "bias requires a gradient, and attention gives it none: detach it, or add a learned bias to the scores yourself",
+        "bias requires a gradient, and attention gives it none: detach it",
     )

@@ -56,9 +56,7 @@ def _(x, bias, approximate):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("albert_fast::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward_op(
-    grad_output: Tensor, x: Tensor, bias: Tensor, approximate: str
-) -> tuple[Tensor, Tensor]:
+def _bias_gelu_backward_op(grad_output: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     return backends.implementation("bias_gelu_backward", _call(x))(grad_output, x, bias, approximate)
 
 

@@ -7,6 +7,7 @@ eager mode. On an accelerator `ALBERT_FAST_CHECK=1` looks at them, too.
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,13 +65,14 @@ def check_ids(name: str, ids: Tensor, limit: int, what: str) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int, like: Tensor) -> None:
-    """Offsets of the packed rows: int32 [batch + 1], from 0, never falling, at most `tokens`, steps of at most max_seqlen."""
+    """Offsets of the packed rows: int32 [batch + 1], from 0, never falling, at most `tokens`, steps of at most
+    max_seqlen."""
     check_tensor(name, cu_seqlens, (None,), like=like, dtype=torch.int32)
     check(cu_seqlens.numel() >= 1, f"{name} is empty; batch + 1 offsets were expected, the first of them 0")
     if not values_can_be_read(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     check(
         offsets[0] == 0 and offsets[-1] <= tokens and min(lengths, default=0) >= 0,
         f"{name} is {_short(offsets)}; offsets that begin with 0, never fall and end at no more than the {tokens} "

@@ -7,8 +7,8 @@ four 32-bit counters into four 32-bit integers. The key is the seed, the counter
     everything else    (site, row,                position,       column // 4)
 
 and the element takes integer `key position % 4` (or `column % 4`). It is kept where that integer is below
-`round((1 - p) * 2**32)`. Rows and positions count within the packed batch, so the mask depends neither on padding nor on
-the shape of a kernel's tiles: every backend draws the same bits.
+`round((1 - p) * 2**32)`. Rows and positions count within the packed batch, so the mask depends neither on padding nor
+on the shape of a kernel's tiles: every backend draws the same bits.
 
 Integers are held in int64, PyTorch's widest type with wrap-around products: the low 64 bits of a product are right, and
 its high word is the arithmetic shift with the sign's copies masked away.
@@ -62,9 +62,7 @@ def keep_mask(seed: Tensor, site: int, outer: Tensor, inner: Tensor, columns: in
         dropout_p: probability of dropping, in [0, 1).
     """
     groups = torch.arange((columns + 3) // 4, device=seed.device)
-    words = philox(
-        seed.reshape(()), (torch.full_like(groups, site), outer.unsqueeze(-1), inner.unsqueeze(-1), groups)
-    )
+    words = philox(seed.reshape(()), (torch.full_like(groups, site), outer.unsqueeze(-1), inner.unsqueeze(-1), groups))
     bits = torch.stack(words, dim=-1).flatten(-2)[..., :columns]
     return bits < round((1.0 - dropout_p) * 2**32)
 

@@ -1,10 +1,10 @@
 """LayerNorm(residual + dropout(x + bias)): what ends each half of the layer (Ba et al., arXiv 1607.06450).
 
-Shapes: x and residual [tokens, hidden], bias, weight and ln_bias [hidden]. x and residual may differ in dtype (a bfloat16
-product added to a float32 stream); the output has the wider of the two.
+Shapes: x and residual [tokens, hidden], bias, weight and ln_bias [hidden]. x and residual may differ in dtype (a
+bfloat16 product added to a float32 stream); the output has the wider of the two.
 
-Precision: the sum is rounded to the output's dtype, mean and variance are in float32 at least, and the result is rounded
-once. The variance is of the rounded sum, so that backward can rebuild it.
+Precision: the sum is rounded to the output's dtype, mean and variance are in float32 at least, and the result is
+rounded once. The variance is of the rounded sum, so that backward can rebuild it.
 """
 
 from __future__ import annotations

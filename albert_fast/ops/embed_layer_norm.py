@@ -1,5 +1,5 @@
-"""LayerNorm(word + token type + position) and dropout: what comes before the E -> H projection (ALBERT, arXiv 1909.11942,
-section 3.1: the embeddings have their own, smaller size E).
+"""LayerNorm(word + token type + position) and dropout: what comes before the E -> H projection (ALBERT, arXiv
+1909.11942, section 3.1: the embeddings have their own, smaller size E).
 
 Shapes: ids [tokens], or word vectors [tokens, E] in their place; tables [V, E], [P, E], [T, E]; output [tokens, E].
 
@@ -178,9 +178,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     function = backends.implementation("embed_layer_norm_backward", _call(word))
     tensors = (inputs, position_ids, token_type_ids, word, position, token_type, weight, bias)
-    return function(
-        grad_output.contiguous(), *tensors, eps, dropout_p, seed, site, cu_seqlens, padding_idx
-    )
+    return function(grad_output.contiguous(), *tensors, eps, dropout_p, seed, site, cu_seqlens, padding_idx)
 
 
 @_backward_op.register_fake

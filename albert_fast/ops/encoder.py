@@ -138,8 +138,10 @@ def encoder_reference(
         if attentions is None:
             context = attention(qkv, cu_seqlens, max_seqlen, **attention_options._asdict())
         else:
-            rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-            context, weights = attention_with_weights(*qkv.unbind(1), *rows, attention_options)
+            query, key, value = qkv.unbind(1)
+            context, weights = attention_with_weights(
+                query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, attention_options
+            )
             attentions.append(weights)
         projected = F.linear(context, layer.dense_weight, layer.dense_bias)
         site = 2 + 2 * pass_index
@@ -198,9 +200,7 @@ def _pass_forward(
     context, logsumexp = attention_forward(*qkv.unbind(1), *rows, options.attention(pass_index, qkv.shape[-1]))
     projected = F.linear(context, layer.dense_weight, layer.dense_bias)
     summed = x + dropout(projected, options.hidden_dropout_p, options.seed, 2 + 2 * pass_index, cu_seqlens)
-    h = F.layer_norm(
-        summed, x.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, options.eps
-    )
+    h = F.layer_norm(summed, x.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, options.eps)
     inner = F.linear(h, layer.ffn_weight, layer.ffn_bias)
     activated = _activate(inner, FUSED_ACTIVATIONS[options.activation])
     output_summed = h + F.linear(activated, layer.ffn_output_weight, layer.ffn_output_bias)
@@ -225,9 +225,7 @@ def _pass_backward(
         weight.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
         bias.add_(grad.sum(dim=0, dtype=bias.dtype))
 
-    grad_h, *norm = layer_norm_backward(
-        grad_y, saved.output_summed, layer.norm_weight, layer.norm_bias, options.eps
-    )
+    grad_h, *norm = layer_norm_backward(grad_y, saved.output_summed, layer.norm_weight, layer.norm_bias, options.eps)
     grads.norm_weight.add_(norm[0])
     grads.norm_bias.add_(norm[1])
     add_linear(grad_h, _activate(saved.inner, form), grads.ffn_output_weight, grads.ffn_output_bias)
@@ -243,9 +241,7 @@ def _pass_backward(
     )
     grads.attention_norm_weight.add_(norm[0])
     grads.attention_norm_bias.add_(norm[1])
-    grad_projected = dropout(
-        grad_x, options.hidden_dropout_p, options.seed, 2 + 2 * pass_index, cu_seqlens
-    )
+    grad_projected = dropout(grad_x, options.hidden_dropout_p, options.seed, 2 + 2 * pass_index, cu_seqlens)
     add_linear(grad_projected, saved.context, grads.dense_weight, grads.dense_bias)
     rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     grad_qkv = torch.stack(
@@ -304,12 +300,10 @@ def _backward(
             summed = tensors[4]
             norm = (layer.attention_norm_weight, layer.attention_norm_bias)
             h = F.layer_norm(summed, summed.shape[-1:], *norm, options.eps)
-            saved = _Saved(*tensors, F.linear(h, layer.ffn_weight, layer.ffn_bias))
+            saved = _Saved._make([*tensors, F.linear(h, layer.ffn_weight, layer.ffn_bias)])
         else:
             _, saved = _pass_forward(tensors[0], layer, pass_index, cu_seqlens, max_seqlen, options)
-        grad = _pass_backward(
-            grad, saved, layer, layer_grads, pass_index, cu_seqlens, max_seqlen, options
-        )
+        grad = _pass_backward(grad, saved, layer, layer_grads, pass_index, cu_seqlens, max_seqlen, options)
         if options.return_all:
             grad = grad + grad_output[pass_index]
     flat = [g for layer in grads for g in (*_split_qkv(layer.qkv_weight, layer.qkv_bias), *layer[2:])]
@@ -481,10 +475,11 @@ def encoder(
 
     Args:
         hidden: [tokens, hidden], floating point: the embeddings after their projection.
-        parameters: 16 tensors a layer: weight and bias of query, key, value, dense, attention.LayerNorm, ffn, ffn_output,
-            full_layer_layer_norm; the layers by group, then inner. Matrices are [out, in].
+        parameters: 16 tensors a layer: weight and bias of query, key, value, dense, attention.LayerNorm, ffn,
+            ffn_output, full_layer_layer_norm; the layers by group, then inner. Matrices are [out, in].
         cu_seqlens, max_seqlen: int32 [batch + 1], where each row begins, and an upper bound of the rows' lengths.
-        num_layers, num_groups, inner_group_num: `num_layers * inner_group_num` passes; see above for which layer each uses.
+        num_layers, num_groups, inner_group_num: `num_layers * inner_group_num` passes; see above for which layer each
+            uses.
         num_heads: hidden must be a multiple of it.
         activation: a name in `albert_fast.activations.ACTIVATIONS`.
         eps: of both LayerNorms.
@@ -494,8 +489,8 @@ def encoder(
         recompute: what backward computes again instead of keeping it: "none", "ffn" (the feed-forward half: keeps about
             60 % of the memory) or "layer" (all but the input of each pass).
         return_all: also the input of the first pass and the output of each.
-        attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond each
-            row. Only the reference stores them: it serves such a call.
+        attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond
+            each row. Only the reference stores them: it serves such a call.
 
     Returns:
         [tokens, hidden]; with return_all [passes + 1, tokens, hidden].
@@ -533,7 +528,8 @@ def _check_encoder(
         check(getattr(options, name) >= 1, f"{name} is {getattr(options, name)}; at least 1 was expected")
     check(
         options.num_groups <= options.num_layers,
-        f"num_groups is {options.num_groups} and num_layers {options.num_layers}; no more groups than layers were expected",
+        f"num_groups is {options.num_groups} and num_layers {options.num_layers}; "
+        "no more groups than layers were expected",
     )
     check(
         width % options.num_heads == 0,
@@ -556,7 +552,16 @@ def _check_encoder(
     for first in range(0, expected, TENSORS_PER_LAYER):
         inner = parameters[first + 10].shape[0]
         square, vector = (width, width), (width,)
-        shapes = (square, vector) * 4 + (vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector)
+        shapes = (square, vector) * 4 + (
+            vector,
+            vector,
+            (inner, width),
+            (inner,),
+            (width, inner),
+            vector,
+            vector,
+            vector,
+        )
         for offset, shape in enumerate(shapes):
             check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden)
     check_dropout(options.hidden_dropout_p, options.seed, hidden.device)

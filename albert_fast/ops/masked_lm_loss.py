@@ -7,9 +7,9 @@ For a labelled token with head output x, logits z = table x + bias over a vocabu
 with s the label smoothing (Szegedy et al., arXiv 1512.00567, section 7) and c the z-loss (Chowdhery et al., arXiv
 2204.02311, section 5). Its gradient is dz = (1 + 2 c L) softmax(z) - (1 - s) onehot(y) - s / V.
 
-Shapes: x [tokens, E], table [V, E], bias [V], labels [tokens]; per-token results [tokens], zero where there is no label.
-The reference reads x at the labelled positions only, and holds the logits of a few hundred of them at a time; backward
-computes them again, which at E = 128 costs less than it would to store them.
+Shapes: x [tokens, E], table [V, E], bias [V], labels [tokens]; per-token results [tokens], zero where there is no
+label. The reference reads x at the labelled positions only, and holds the logits of a few hundred of them at a time;
+backward computes them again, which at E = 128 costs less than it would to store them.
 
 Precision: logits are in float32 at least once they are summed; the products are in the dtype of x.
 """
@@ -243,7 +243,7 @@ def masked_lm_loss(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    loss, statistics = masked_lm_loss_with_statistics(
+    loss, _ = masked_lm_loss_with_statistics(
         x,
         table,
         bias,
@@ -284,14 +284,15 @@ def masked_lm_loss_with_statistics(
     labelled = labels != ignore_index
     if values_can_be_read(labels):
         check_ids("labels", labels[labelled], table.shape[0], "the word table")
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     # How many tokens have labels is not known to a compiler: there, the operator hides it.
     if backends.uses_reference(_call(x)) and not torch.compiler.is_compiling():
-        loss, logsumexp, correct = masked_lm_loss_reference(x, table, bias, labels, **options)
+        loss, logsumexp, correct = masked_lm_loss_reference(
+            x, table, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+        )
     else:
         if autocast:
             x, table, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, table, bias))
-        loss, logsumexp, correct = _op(x, table, bias, labels, *options.values())
+        loss, logsumexp, correct = _op(x, table, bias, labels, ignore_index, label_smoothing, z_loss)
     statistics = MaskedLMStatistics(loss.detach(), logsumexp, correct, labelled)
     if reduction == "mean":
         loss = loss.sum() / labelled.sum().clamp(min=1)

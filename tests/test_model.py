@@ -1,0 +1,564 @@
+"""The models against transformers': outputs, hidden states, attentions, losses and every gradient."""
+
+import contextlib
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import albert_fast
+from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertModel, PackedBatch
+from albert_fast.activations import ACTIVATIONS
+
+HEADS = (
+    "AlbertModel",
+    "AlbertForPreTraining",
+    "AlbertForMaskedLM",
+    "AlbertForSequenceClassification",
+    "AlbertForTokenClassification",
+    "AlbertForQuestionAnswering",
+    "AlbertForMultipleChoice",
+)
+TOLERANCE = 1e-5  # relative, float32
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected."""
+    scale = expected.norm().item()
+    error = (actual - expected).norm().item()
+    return error / scale if scale > 0 else error
+
+
+def random_shape(**overrides) -> dict:
+    """The fields of a small config: groups, inner groups, activations, head sizes, tied or not."""
+    heads = random.choice([1, 2, 3, 4])
+    layers = random.randint(1, 4)
+    shape = {
+        "vocab_size": random.randint(50, 200),
+        "embedding_size": random.choice([8, 16, 24]),
+        "hidden_size": heads * random.choice([4, 8, 16, 20]),
+        "num_attention_heads": heads,
+        "intermediate_size": random.choice([24, 32, 50]),
+        "num_hidden_layers": layers,
+        "num_hidden_groups": random.randint(1, layers),
+        "inner_group_num": random.randint(1, 3),
+        "hidden_act": random.choice(sorted(ACTIVATIONS)),
+        "max_position_embeddings": 40,
+        "type_vocab_size": random.randint(2, 4),
+        "layer_norm_eps": random.choice([1e-12, 1e-5]),
+        "classifier_dropout_prob": 0.0,
+        "tie_word_embeddings": random.choice([True, False]),
+        "pad_token_id": random.choice([0, 3]),
+    }
+    return {**shape, **overrides}
+
+
+def pair(head: str, shape: dict, attention: str = "eager"):
+    """transformers' model and ours, with the same, larger weights: at 0.02 the attention would be close to uniform.
+
+    Not so large that the pooler's tanh saturates: its gradient would be nothing but rounding."""
+    transformers = pytest.importorskip("transformers")
+    peer = getattr(transformers, head)(transformers.AlbertConfig(**shape, attn_implementation=attention))
+    for name, parameter in peer.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.8 * parameter.shape[1] ** -0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("orm.weight")), std=0.2)
+    model = getattr(albert_fast, head)(AlbertConfig(**shape))
+    missing = model.load_state_dict(peer.state_dict())
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys
+    return peer, model
+
+
+def random_inputs(head: str, shape: dict, ragged: bool) -> dict[str, Tensor]:
+    batch, seq, choices = random.randint(1, 4), random.randint(2, 33), random.randint(2, 3)
+    size = (batch, choices, seq) if head == "AlbertForMultipleChoice" else (batch, seq)
+    inputs = {
+        "input_ids": torch.randint(shape["vocab_size"], size),
+        "token_type_ids": torch.randint(shape["type_vocab_size"], size),
+    }
+    if random.random() < 0.5:
+        inputs["position_ids"] = torch.randint(shape["max_position_embeddings"], size)
+    if ragged:
+        lengths = torch.randint(1, seq + 1, (*size[:-1], 1))
+        inputs["attention_mask"] = (torch.arange(seq) < lengths).long()
+    return inputs
+
+
+def random_labels(head: str, shape: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    batch, seq = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
+    if head in ("AlbertForMaskedLM", "AlbertForPreTraining", "AlbertForTokenClassification"):
+        classes = 2 if head == "AlbertForTokenClassification" else shape["vocab_size"]
+        labels = torch.randint(classes, (batch, seq))
+        ignored = torch.rand(batch, seq) < 0.6
+        ignored[0, 0] = False
+        ignored |= inputs.get("attention_mask", torch.ones(batch, seq)) == 0
+        labels[ignored] = -100
+        extra = {"sentence_order_label": torch.randint(2, (batch,))} if head == "AlbertForPreTraining" else {}
+        return {"labels": labels, **extra}
+    if head == "AlbertForQuestionAnswering":
+        return {name: torch.randint(seq, (batch,)) for name in ("start_positions", "end_positions")}
+    if head == "AlbertModel":
+        return {}
+    return {"labels": torch.randint(2, (batch,))}
+
+
+def outputs_of(output) -> dict[str, Tensor]:
+    """Every tensor of an output, hidden states and attentions stacked."""
+    return {
+        name: torch.stack(value) if isinstance(value, tuple) else value
+        for name in output
+        if (value := output[name]) is not None
+    }
+
+
+def scalar_of(output) -> Tensor:
+    """The loss, or for a bare encoder a scalar in which every output counts differently."""
+    if "loss" in output:
+        return output["loss"]
+    hidden = output["last_hidden_state"]
+    weights = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+    return (output["last_hidden_state"] * weights).sum() + (output["pooler_output"] * weights).sum()
+
+
+def assert_equal_outputs(actual, expected, tolerance=TOLERANCE) -> None:
+    actual, expected = outputs_of(actual), outputs_of(expected)
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape, name
+        assert relative_error(actual[name], tensor) <= tolerance, name
+
+
+def assert_equal_gradients(model, peer, exact, tolerance=TOLERANCE) -> None:
+    """Each gradient to the tolerance. Where rounding alone spoils more than that (the gradient of key.bias is nothing
+    but rounding), about as close to the exact one as transformers' is, and to a tenth of the tolerance of the whole."""
+    expected, oracle = dict(peer.named_parameters()), dict(exact.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == list(expected)
+    whole = torch.stack([p.grad.norm() for p in oracle.values() if p.grad is not None]).norm()
+    for name, parameter in model.named_parameters():
+        want = expected[name].grad
+        if want is None:
+            assert parameter.grad is None, name
+            continue
+        theirs = (want - oracle[name].grad).norm()
+        ours = (parameter.grad - oracle[name].grad).norm()
+        close = (parameter.grad - want).norm() <= tolerance * want.norm()
+        assert close or ours <= 2 * theirs + 0.1 * tolerance * whole, (name, ours, theirs, want.norm(), whole)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trial", range(30))
+def test_equals_transformers(head, trial, device):
+    """30 fresh configurations for each head: eval outputs, train loss and every gradient, without dropout."""
+    shape = random_shape()
+    peer, model = (m.to(device) for m in pair(head, shape, random.choice(["eager", "sdpa"])))
+    inputs = {k: v.to(device) for k, v in random_inputs(head, shape, ragged=False).items()}
+    labels = {k: v.to(device) for k, v in random_labels(head, shape, inputs).items()}
+    eager = peer.config._attn_implementation == "eager"
+    with torch.no_grad():
+        wanted = {"output_hidden_states": True, "output_attentions": eager}
+        assert_equal_outputs(model.eval()(**inputs, **wanted), peer.eval()(**inputs, **wanted))
+    extra = {"return_logits": True} if head in ("AlbertForMaskedLM", "AlbertForPreTraining") else {}
+    exact = copy.deepcopy(peer).double()
+    for candidate, dtype in ((model, torch.float32), (copy.deepcopy(model).double(), torch.float64)):
+        reference = peer if dtype == torch.float32 else exact
+        actual = candidate.train()(**inputs, **labels, **extra, output_hidden_states=True)
+        expected = reference.train()(**inputs, **labels, output_hidden_states=True)
+        tolerance = TOLERANCE if dtype == torch.float32 else 1e-10
+        assert_equal_outputs(actual, expected, tolerance)
+        scalar_of(actual).backward()
+        scalar_of(expected).backward()
+        if dtype == torch.float64:
+            assert_equal_gradients(candidate, reference, exact, tolerance=1e-10)
+    assert_equal_gradients(model, peer, exact)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("unpad", [True, False])
+def test_ragged_batch_equals_transformers(head, unpad, device):
+    """Real positions, and with unpad=False the padding, too; the loss and its gradients."""
+    shape = random_shape(hidden_act="gelu_new")
+    peer, model = (m.to(device) for m in pair(head, shape, "sdpa" if unpad else "eager"))
+    inputs = {k: v.to(device) for k, v in random_inputs(head, shape, ragged=True).items()}
+    labels = {k: v.to(device) for k, v in random_labels(head, shape, inputs).items()}
+    actual = model.train()(**inputs, **labels, output_hidden_states=True, unpad=unpad)
+    expected = peer.train()(**inputs, **labels, output_hidden_states=True)
+    mask = inputs["attention_mask"].flatten(0, -2).bool() if unpad else None
+    for name in set(outputs_of(actual)) - {"loss"}:
+        a, b = outputs_of(actual)[name], outputs_of(expected)[name]
+        if mask is not None and name == "hidden_states":
+            a, b = a[:, mask], b[:, mask]
+            assert not outputs_of(actual)[name][:, ~mask].any()
+        elif mask is not None and a.shape[:2] == mask.shape and name != "pooler_output":
+            a, b = a[mask], b[mask]
+        assert relative_error(a, b) <= TOLERANCE, name
+    if unpad and head in ("AlbertModel", "AlbertForQuestionAnswering"):
+        return  # transformers' scalars count the padding there
+    assert relative_error(scalar_of(actual), scalar_of(expected)) <= TOLERANCE
+    exact = copy.deepcopy(peer).double()
+    scalar_of(exact(**inputs, **labels)).backward()
+    scalar_of(actual).backward()
+    scalar_of(expected).backward()
+    assert_equal_gradients(model, peer, exact)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_four_dimensional_mask_equals_transformers(kind):
+    shape = random_shape()
+    peer, model = pair("AlbertModel", shape, "sdpa")
+    inputs = random_inputs("AlbertModel", shape, ragged=False)
+    batch, seq = inputs["input_ids"].shape
+    keep = torch.rand(batch, 1, seq, seq) < 0.7
+    keep |= torch.eye(seq, dtype=torch.bool)
+    mask = keep if kind == "boolean" else torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    assert_equal_outputs(model.eval()(**inputs, attention_mask=mask), peer.eval()(**inputs, attention_mask=mask))
+
+
+def test_attentions_of_a_ragged_batch():
+    """Padding anywhere in the row: probabilities are where transformers has them, zero at the padding."""
+    shape = random_shape()
+    peer, model = pair("AlbertModel", shape)
+    ids = torch.randint(shape["vocab_size"], (3, 9))
+    mask = torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1, 0, 0]])
+    wanted = {"attention_mask": mask, "output_attentions": True}
+    real = (mask[:, None, :, None] * mask[:, None, None, :]).bool()
+    for actual, expected in zip(
+        model.eval()(ids, **wanted).attentions, peer.eval()(ids, **wanted).attentions, strict=True
+    ):
+        real_everywhere = real.expand(actual.shape)
+        assert relative_error(actual[real_everywhere], expected[real_everywhere]) <= TOLERANCE
+        assert not actual[~real_everywhere].any()
+
+
+@pytest.mark.parametrize("head", HEADS[:-1])
+def test_packed_batch_gives_what_the_padded_gives(head):
+    shape = random_shape()
+    model = getattr(albert_fast, head)(AlbertConfig(**shape)).eval()
+    inputs = random_inputs(head, shape, ragged=True)
+    packed = PackedBatch.from_padded(**inputs)
+    expected, actual = outputs_of(model(**inputs)), outputs_of(model(packed))
+    assert list(expected) == list(actual)
+    for name, tensor in actual.items():
+        per_token = tensor.shape[0] == packed.tokens and name not in (
+            "pooler_output",
+            "start_logits",
+            "end_logits",
+        )
+        torch.testing.assert_close(packed.pad(tensor) if per_token else tensor, expected[name], rtol=0, atol=0)
+
+
+def test_packed_batch_of_lists():
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape())).eval()
+    rows = [[2, 7, 8, 3], [2, 3], [2, 9, 3]]
+    logits = model(PackedBatch.from_sequences(rows)).logits
+    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+    torch.testing.assert_close(logits, alone)
+
+
+def test_inputs_embeds():
+    shape = random_shape()
+    peer, model = pair("AlbertModel", shape)
+    embeds = torch.randn(2, 7, shape["embedding_size"], requires_grad=True)
+    grads = []
+    for m in (model.eval(), peer.eval()):
+        output = m(inputs_embeds=embeds)
+        grads.append(torch.autograd.grad(scalar_of(output), embeds)[0])
+    assert relative_error(*grads) <= TOLERANCE
+
+
+def test_fully_masked_row_is_zero_and_harms_no_other():
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape()))
+    ids = torch.randint(50, (3, 6))
+    mask = torch.tensor([[1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
+    output = model.albert(ids, mask)
+    assert not output.last_hidden_state[1].any()
+    labels = torch.full((3, 6), -100)
+    labels[0, 2] = 5
+    model(ids, mask, labels=labels).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_labels_give_zero_loss_and_gradients():
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape()))
+    loss = model(torch.randint(50, (2, 6)), labels=torch.full((2, 6), -100)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_loss_builds_no_logits():
+    """The largest tensor of a training step is far below batch x seq x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    vocabulary, batch, seq, labelled = 5000, 4, 32, 6
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape(vocab_size=vocabulary)))
+    labels = torch.full((batch, seq), -100)
+    labels.view(-1)[torch.randperm(batch * seq)[:labelled]] = 7
+    ids = torch.randint(vocabulary, (batch, seq))
+    with Largest() as largest:
+        output = model(ids, labels=labels)
+        output.loss.backward()
+    assert output.logits is None
+    table = model.albert.embeddings.word_embeddings.weight.numel()
+    assert largest.numel <= max(table, labelled * vocabulary) < batch * seq * vocabulary
+    assert model(ids, labels=labels, return_logits=True).logits.shape == (batch, seq, vocabulary)
+
+
+def test_work_is_proportional_to_real_tokens():
+    """FLOPs of a ragged batch are those of its rows alone, forward and backward."""
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape(hidden_act="gelu_new", max_position_embeddings=64)))
+
+    def flops(ids: Tensor, mask: Tensor | None) -> int:
+        labels = torch.full_like(ids, -100)
+        labels[:, 0] = 5
+        with FlopCounterMode(display=False) as counter:
+            model(ids, mask, labels=labels).loss.backward()
+        return counter.get_total_flops()
+
+    lengths = [64, 5, 17, 1]
+    ids = torch.randint(50, (len(lengths), 64))
+    mask = torch.arange(64) < torch.tensor(lengths)[:, None]
+    ragged = flops(ids, mask)
+    alone = sum(flops(ids[i : i + 1, :length], None) for i, length in enumerate(lengths))
+    full = flops(ids, None)
+    assert ragged == alone
+    assert ragged < 0.45 * full
+
+
+def test_dropout_is_reproducible_and_independent_of_padding():
+    shape = random_shape(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
+    model = AlbertModel(AlbertConfig(**shape)).train()
+    ids, state = torch.randint(50, (3, 8)), torch.get_rng_state()
+
+    def run(ids: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        torch.set_rng_state(state)
+        return model(ids, mask, **kwargs).last_hidden_state
+
+    mask = torch.arange(8) < torch.tensor([[8], [3], [5]])
+    first = run(ids, mask)
+    assert torch.equal(first, run(ids, mask))
+    wider = torch.nn.functional.pad(ids, (0, 4))
+    torch.testing.assert_close(first, run(wider, torch.nn.functional.pad(mask, (0, 4)))[:, :8])
+    torch.testing.assert_close(first[mask], run(ids, mask, unpad=False)[mask])
+    assert not torch.equal(first, model(ids, mask).last_hidden_state)
+
+
+@pytest.mark.parametrize("recompute", ["ffn", "layer"])
+def test_recompute_changes_no_gradient(recompute):
+    shape = random_shape(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    model = AlbertForMaskedLM(AlbertConfig(**shape)).train()
+    ids, state = torch.randint(50, (2, 8)), torch.get_rng_state()
+    grads = []
+    for mode in ("none", recompute):
+        model.set_recompute(mode)
+        model.zero_grad()
+        torch.set_rng_state(state)
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(dtype, autocast):
+    """bfloat16 and float16 stay as close to the exact logits as transformers does, by autocast and by conversion."""
+    ours, theirs = [], []
+    for _ in range(5):  # one model alone is a matter of luck
+        shape = random_shape(hidden_act="gelu_new", layer_norm_eps=1e-5)
+        peer, model = pair("AlbertForMaskedLM", shape, "sdpa")
+        ids = torch.randint(shape["vocab_size"], (2, 16))
+        exact = copy.deepcopy(model).double()(ids).logits
+        context = torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext()
+        if not autocast:
+            peer, model = peer.to(dtype), model.to(dtype)
+        with context:
+            loss = model(ids, labels=torch.where(torch.rand(2, 16) < 0.5, ids, -100)).loss
+            ours.append(relative_error(model(ids).logits.double(), exact))
+            theirs.append(relative_error(peer(ids).logits.double(), exact))
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert sum(ours) <= 1.5 * sum(theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiles_without_a_break(ragged):
+    """torch.compile(fullgraph=True): loss and gradients as in eager mode, for several shapes."""
+    shape = random_shape(hidden_act="gelu_new")
+    model = AlbertForMaskedLM(AlbertConfig(**shape))
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for seq in (5, 8, 13):
+        ids = torch.randint(shape["vocab_size"], (3, seq))
+        mask = (torch.arange(seq) < torch.randint(1, seq + 1, (3, 1))).long() if ragged else None
+        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        for m in (model, compiled):
+            m.zero_grad()
+            m(ids, mask, labels=labels).loss.backward()
+        for a, b in zip(model.parameters(), compiled.parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_behave_as_transformers():
+    model = albert_fast.AlbertForSequenceClassification(AlbertConfig(**random_shape())).eval()
+    ids = torch.randint(50, (2, 5))
+    output = model(ids, labels=torch.tensor([0, 1]), output_hidden_states=True)
+    loss, logits, states = model(ids, labels=torch.tensor([0, 1]), output_hidden_states=True, return_dict=False)
+    assert output[0] is output.loss is output["loss"]
+    assert list(output) == ["loss", "logits", "hidden_states"]
+    torch.testing.assert_close((output.loss, output.logits, output.hidden_states), (loss, logits, states))
+    with pytest.raises(KeyError):
+        output["attentions"]
+
+
+def test_classification_losses():
+    """The loss follows problem_type, or is inferred; the config is left as it was."""
+    for labels, labels_count in (
+        (torch.rand(3), 1),
+        (torch.tensor([0, 2, 1]), 3),
+        (torch.rand(3, 3).round(), 3),
+    ):
+        shape = random_shape(num_labels=labels_count)
+        peer, model = pair("AlbertForSequenceClassification", shape)
+        ids = torch.randint(50, (3, 5))
+        torch.testing.assert_close(model.eval()(ids, labels=labels).loss, peer.eval()(ids, labels=labels).loss)
+        assert model.config.problem_type is None
+
+
+def test_initialisation():
+    config = AlbertConfig(**random_shape(vocab_size=5000, hidden_size=64, num_attention_heads=4, initializer_range=0.1))
+    model = albert_fast.AlbertForPreTraining(config)
+    word = model.albert.embeddings.word_embeddings.weight
+    assert not word[config.pad_token_id].any()
+    assert word.std().item() == pytest.approx(0.1, rel=0.05)
+    assert model.albert.pooler.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert not model.albert.pooler.bias.any()
+    assert (model.albert.embeddings.LayerNorm.weight == 1).all()
+    tied = model.predictions.decoder.weight is word
+    assert tied == config.tie_word_embeddings
+
+
+def test_base_has_the_published_number_of_parameters():
+    assert AlbertModel(AlbertConfig.base()).num_parameters() == 11_683_584
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_go_both_ways(head, tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peer, model = pair(head, random_shape(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path / "ours")
+    peer.save_pretrained(tmp_path / "theirs")
+    back = getattr(transformers, head).from_pretrained(tmp_path / "ours")
+    loaded = getattr(albert_fast, head).from_pretrained(tmp_path / "theirs")
+    for mine, other in ((model, back), (loaded, peer)):
+        state = other.state_dict()
+        assert state.keys() == mine.state_dict().keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+    assert not loaded.training
+    assert back.config.architectures == [head]
+
+
+def test_pretrained_encoder_under_a_new_head(tmp_path):
+    model = albert_fast.AlbertForPreTraining(AlbertConfig(**random_shape()))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"classifier\.weight"):
+        classifier = albert_fast.AlbertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    assert classifier.classifier.weight.shape[0] == 5
+    assert classifier.classifier.weight.std() > 0
+    encoder = AlbertModel.from_pretrained(tmp_path)
+    for a, b in zip(classifier.albert.parameters(), encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = AlbertModel(AlbertConfig(**random_shape()))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("albert_fast.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resize_token_embeddings():
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape(vocab_size=60)))
+    old = model.albert.embeddings.word_embeddings.weight.detach().clone()
+    for size in (70, 50):
+        model.resize_token_embeddings(size)
+        assert model(torch.randint(size, (1, 4))).logits.shape[-1] == size
+        assert torch.equal(model.albert.embeddings.word_embeddings.weight[:50], old[:50])
+        assert model.config.vocab_size == size
+    tied = model.predictions.decoder.weight is model.albert.embeddings.word_embeddings.weight
+    assert tied == model.config.tie_word_embeddings
+
+
+def test_copies_and_pickles():
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape(tie_word_embeddings=True))).eval()
+    ids = torch.randint(50, (2, 5))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert other.predictions.decoder.weight is other.albert.embeddings.word_embeddings.weight
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "input_ids and inputs_embeds"),
+        ({"input_ids": torch.ones(5, dtype=torch.long)}, ValueError, "input_ids"),
+        ({"input_ids": torch.tensor([[1, 999]])}, IndexError, "input_ids has values from 1 to 999"),
+        ({"input_ids": torch.tensor([[-1, 4]])}, IndexError, "input_ids"),
+        ({"input_ids": torch.ones(1, 3)}, TypeError, "input_ids"),
+        ({"input_ids": torch.ones(1, 41, dtype=torch.long)}, ValueError, "max_position_embeddings is 40"),
+        ({"attention_mask": torch.ones(2, 6)}, ValueError, r"attention_mask is float32\[2, 6\]"),
+        ({"attention_mask": torch.ones(2, 5, 5)}, ValueError, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.long)}, TypeError, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 1, 5, 4)}, ValueError, "bias"),
+        ({"token_type_ids": torch.full((2, 5), 9)}, IndexError, "token_type_ids"),
+        ({"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}, ValueError, "token_type_ids"),
+        ({"position_ids": torch.full((2, 5), 40)}, IndexError, "position_ids"),
+        ({"position_ids": torch.zeros(3, 5, dtype=torch.long)}, ValueError, "position_ids"),
+        ({"labels": torch.full((2, 5), 500)}, IndexError, "labels"),
+        ({"labels": torch.zeros(2, 4, dtype=torch.long)}, ValueError, "labels"),
+        (
+            {
+                "labels": torch.zeros(2, 5, dtype=torch.long),
+                "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]]),
+            },
+            ValueError,
+            "3 labels in the padding",
+        ),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    model = AlbertForMaskedLM(AlbertConfig(**random_shape(vocab_size=60)))
+    if arguments and "input_ids" not in arguments:
+        arguments = {"input_ids": torch.ones(2, 5, dtype=torch.long), **arguments}
+    with pytest.raises(error, match=message):
+        model(**arguments)
+
+
+def test_config_of_transformers_is_refused_with_the_way_out():
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(TypeError, match="from_dict"):
+        AlbertModel(transformers.AlbertConfig(**random_shape()))
