@@ -1,0 +1,155 @@
+"""What `albert-fast bench` is asked for: the options, checked before any work. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+MODES = ("inference", "training")
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+MEMORY = ("none", "training", "all")
+CONFIGS = ("base", "large", "xlarge", "xxlarge")
+PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
+
+# [CLS], a token that can be masked, [SEP].
+SHORTEST_ROW = 3
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A padded batch: `rows` of `length` tokens, full or with rows of real lengths."""
+
+    rows: int
+    length: int
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.length}" + (":ragged" if self.ragged else "")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The run. `repeats` None: 3 on a CPU, 20 on a GPU; `threads` None: as many as PyTorch takes."""
+
+    shapes: tuple[Shape, ...] = (Shape(4, 128), Shape(8, 128, ragged=True))
+    modes: tuple[str, ...] = MODES
+    dtypes: tuple[str, ...] = ("float32",)
+    compare: tuple[str, ...] = PEERS
+    device: str = "cpu"
+    threads: int | None = None
+    repeats: int | None = None
+    memory: str = "training"
+    config: str = "base"
+    layers: int | None = None
+    model: str | None = None
+    vocab: str | None = None
+    text: tuple[str, ...] = ()
+    json: str | None = None
+
+
+DEFAULTS = Options()
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; what they hold is checked by `options_from`, which the command line reports in one line."""
+
+    def add(name: str, text: str, **arguments: object) -> None:
+        parser.add_argument(name, help=text, **arguments)  # type: ignore[arg-type]
+
+    def joined(items: Iterable[object]) -> str:
+        return ",".join(map(str, items))
+
+    add("--shapes", "rows x length, such as 8x128,8x512,32x128:ragged (default: %(default)s)", metavar="LIST")
+    add("--mode", "inference, training or both (default: %(default)s)", metavar="LIST")
+    add("--dtype", f"of weights and activations: {', '.join(DTYPES)} (default: %(default)s)", metavar="LIST")
+    add("--compare", f"who takes part: {', '.join(PEERS)} (default: all)", metavar="LIST")
+    add("--device", "cpu or cuda (default: %(default)s)")
+    add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
+    add("--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
+    add("--memory", "whose peak memory is measured: none, training or all; a GPU measures all (default: %(default)s)")
+    add("--config", f"{', '.join(CONFIGS)} or a config.json; random weights (default: %(default)s)")
+    add("--layers", "passes of the shared layer, in place of the config's", metavar="N")
+    add("--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")
+    add("--vocab", "a sentencepiece model, or a directory with one", metavar="FILE_OR_DIR")
+    add("--text", "UTF-8 text in place of Python's own documentation", nargs="+", metavar="FILE", default=[])
+    add("--json", "write the report there as well", metavar="FILE")
+    parser.set_defaults(
+        shapes=joined(DEFAULTS.shapes),
+        mode=joined(DEFAULTS.modes),
+        dtype=joined(DEFAULTS.dtypes),
+        compare=joined(DEFAULTS.compare),
+        device=DEFAULTS.device,
+        memory=DEFAULTS.memory,
+        config=DEFAULTS.config,
+    )
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """Raises ValueError for the first option that cannot be right; the message names it and what was expected."""
+    if args.model is not None and args.config != DEFAULTS.config:
+        raise ValueError("--model and --config: at most one of them was expected, a checkpoint brings its config")
+    for name, path in [("--model", args.model), ("--vocab", args.vocab), *(("--text", file) for file in args.text)]:
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{name} is {path!r}, which does not exist")
+    if args.config not in CONFIGS and not Path(args.config).is_file():
+        raise ValueError(f"--config is {args.config!r}; {', '.join(CONFIGS)} or a config.json was expected")
+    if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise ValueError(f"--json is {args.json!r}; a file in a directory that exists was expected")
+    return Options(
+        shapes=_list("--shapes", args.shapes, _shape),
+        modes=_names("--mode", args.mode, MODES),
+        dtypes=_names("--dtype", args.dtype, DTYPES),
+        compare=_names("--compare", args.compare, PEERS),
+        device=_names("--device", args.device, DEVICES)[0],
+        threads=_count("--threads", args.threads),
+        repeats=_count("--repeats", args.repeats),
+        memory=_names("--memory", args.memory, MEMORY)[0],
+        config=args.config,
+        layers=_count("--layers", args.layers),
+        model=args.model,
+        vocab=args.vocab,
+        text=tuple(args.text),
+        json=args.json,
+    )
+
+
+def _list(name: str, value: str, read: Callable[[str, str], Item]) -> tuple[Item, ...]:
+    """The items of `a,b`, each once, in the order given."""
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    if not items:
+        raise ValueError(f"{name} is {value!r}; at least one was expected")
+    return tuple(dict.fromkeys(read(name, item) for item in items))
+
+
+def _names(name: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    def read(name: str, item: str) -> str:
+        if item not in known:
+            raise ValueError(f"{name} has {item!r}; {', '.join(known)} was expected")
+        return item
+
+    return _list(name, value, read)
+
+
+def _shape(name: str, item: str) -> Shape:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(:ragged)?", item)
+    if match is None:
+        raise ValueError(f"{name} has {item!r}; rows x length was expected, such as 8x128 or 32x128:ragged")
+    shape = Shape(int(match[1]), int(match[2]), ragged=match[3] is not None)
+    if shape.length < SHORTEST_ROW:
+        raise ValueError(f"{name} has {item!r}; rows of at least {SHORTEST_ROW} tokens were expected")
+    return shape
+
+
+def _count(name: str, value: str | None) -> int | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*", value):
+        raise ValueError(f"{name} is {value!r}; a number from 1 was expected")
+    return int(value)
