@@ -41,7 +41,8 @@ def test_transformers_imports_from_the_checkout():
 def test_kernels_are_inside_the_package(tmp_path):
     program = """
 import importlib.util
-assert importlib.util.find_spec("kernels") is None or "albert_fast" not in str(importlib.util.find_spec("kernels").origin)
+spec = importlib.util.find_spec("kernels")
+assert spec is None or "albert_fast" not in str(spec.origin)
 import albert_fast.kernels
 """
     python("-c", program, cwd=tmp_path)
@@ -72,7 +73,8 @@ def test_sdist_and_wheel(copy_of_the_tree, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "albert_fast/kernels/__init__.py" in names
     assert "albert_fast/py.typed" in names
-    sources = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("[!.]*.*") if "tests" not in path.parts]
+    csrc = ROOT / "csrc"
+    sources = [path.relative_to(csrc) for path in csrc.rglob("[!.]*.*") if "tests" not in path.parts]
     assert {f"albert_fast/csrc/{path.as_posix()}" for path in sources} <= set(names)
     assert not any(name.startswith(("kernels", "csrc", "tests", "benchmarks")) for name in names)
     site = tmp_path / "site"
@@ -91,7 +93,7 @@ def test_editable_install_without_a_network(copy_of_the_tree, tmp_path):
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     libraries = Path(torch.__file__).parents[1]
     (site / "zz_libraries.pth").write_text(f"{libraries}\n")
-    install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed", "-e"]
-    python(*install, str(copy_of_the_tree), cwd=tmp_path, executable=executable)
+    options = ("-q", "--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed")
+    python("-m", "pip", "install", *options, "-e", str(copy_of_the_tree), cwd=tmp_path, executable=executable)
     where = python("-c", PROBE, cwd=tmp_path, executable=executable)
     assert where.startswith(str(copy_of_the_tree))
