@@ -47,6 +47,7 @@ class Call:
     dtype: torch.dtype
     head_dim: int | None = None
     activation: str | None = None
+    training: bool = False  # whether a gradient will be asked for
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,11 @@ def _env(args: argparse.Namespace) -> int:
     print(f"albert_fast {albert_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
     names = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for name in names:
-        device = torch.device(name)
+    try:
+        devices = [torch.device(name) for name in names]
+    except RuntimeError:
+        raise ValueError(f"--device is {args.device!r}; a device such as cpu or cuda:1 was expected") from None
+    for device in devices:
         title = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"\n{title}")
         for operation, backend, refusals in backends.report(device):

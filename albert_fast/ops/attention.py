@@ -134,7 +134,8 @@ def _join(parts: list[Tensor], tokens: int, like: Tensor, fill: float) -> Tensor
     missing = tokens - sum(part.shape[0] for part in parts)
     if missing:
         parts = [*parts, like.new_full((missing, *like.shape[1:]), fill)]
-    return parts[0] if len(parts) == 1 else torch.cat([like[:0], *parts])
+    # With nothing of `like` a gradient can be asked for even where there is no row.
+    return parts[0] if len(parts) == 1 and not missing else torch.cat([like[:0], *parts])
 
 
 def attention_with_weights(
@@ -298,6 +299,7 @@ def _(grad_output, query, key, value, *args):  # type: ignore[no-untyped-def]
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     query, key, value, cu_seqlens_q, cu_seqlens_k, *ctx.lengths = inputs[:7]
     ctx.causal, ctx.dropout_p, seed, ctx.site, ctx.scale, bias = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, cu_seqlens_q, cu_seqlens_k, seed, bias)
 
 
@@ -357,8 +359,8 @@ def cross_attention(
         TypeError,
     )
     heads, head_dim = query.shape[1:]
-    for name, x in (("key", key), ("value", value)):
-        check_tensor(name, x, (key.shape[0], heads, head_dim), like=query, dtype=query.dtype)
+    check_tensor("key", key, (None, heads, head_dim), like=query, dtype=query.dtype)
+    check_tensor("value", value, (key.shape[0], heads, head_dim), like=query, dtype=query.dtype)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q, query)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k, query)
     check(
@@ -368,7 +370,7 @@ def cross_attention(
     )
     check_dropout(dropout_p, seed, query.device)
     if bias is not None:
-        _check_bias(bias, query, cu_seqlens_q.numel() - 1, heads, max_seqlen_q, max_seqlen_k)
+        check_bias(bias, query.device, cu_seqlens_q.numel() - 1, heads, max_seqlen_q, max_seqlen_k)
     scale = head_dim**-0.5 if scale is None else scale
     options = AttentionOptions(causal, dropout_p, seed, site, scale, bias)
     # The reference reads the offsets, which a compiler cannot trace: there, the operator hides it.
@@ -418,7 +420,7 @@ def attention(
     )
 
 
-def _check_bias(bias: Tensor, query: Tensor, batch: int, heads: int, max_q: int, max_k: int) -> None:
+def check_bias(bias: Tensor, device: torch.device, batch: int, heads: int, max_q: int, max_k: int) -> None:
     fits = (
         bias.dim() == 4
         and bias.shape[0] in (1, batch)
@@ -435,7 +437,7 @@ def _check_bias(bias: Tensor, query: Tensor, batch: int, heads: int, max_q: int,
         "mask into 0 and -inf",
         TypeError,
     )
-    check(bias.device == query.device, f"bias is on {bias.device}; {query.device} was expected")
+    check(bias.device == device, f"bias is on {bias.device}; {device} was expected")
     check(
         not (bias.requires_grad and torch.is_grad_enabled()),
         "bias requires a gradient, and attention gives it none: detach it",

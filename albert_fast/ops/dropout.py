@@ -88,18 +88,16 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, site: int, cu_seql
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    check(
-        0.0 <= dropout_p < 1.0,
-        f"dropout_p is {dropout_p}; a probability of at least 0 and below 1 was expected",
-    )
+    # Not `check`: a compiler that traces the number as a symbol cannot put it into a message.
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; a probability of at least 0 and below 1 was expected")
     if dropout_p == 0.0:
         return
-    check(
-        seed is not None,
-        f"dropout_p is {dropout_p} and seed is None; pass an int64 tensor with one element as seed, "
-        "or dropout_p=0.0 for inference",
-    )
-    assert seed is not None
+    if seed is None:
+        raise ValueError(
+            f"dropout_p is {dropout_p} and seed is None; pass an int64 tensor with one element as seed, "
+            "or dropout_p=0.0 for inference"
+        )
     check(
         seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device,
         f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.ops.checks import check_cu_seqlens, check_tensor
+from albert_fast.ops.checks import FLOATS, check_cu_seqlens, check_tensor
 from albert_fast.ops.dropout import check_dropout, dropout
 
 
@@ -207,9 +207,8 @@ def dropout_add_layer_norm(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
     """
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    check_tensor("x", x, (None, None), dtype=floats)
-    check_tensor("residual", residual, tuple(x.shape), like=x, dtype=floats)
+    check_tensor("x", x, (None, None), dtype=FLOATS)
+    check_tensor("residual", residual, tuple(x.shape), like=x, dtype=FLOATS)
     for name, vector in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
         check_tensor(name, vector, (x.shape[1],), like=x, dtype=(x.dtype, residual.dtype, torch.float32))
     check_dropout(dropout_p, seed, x.device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.ops.checks import check, check_cu_seqlens, check_ids, check_tensor, describe
+from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_ids, check_tensor, describe
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
 
@@ -236,7 +236,7 @@ def embed_layer_norm(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit, or an id is beyond its table; the message names it.
     """
-    check_tensor("word", word, (None, None))
+    check_tensor("word", word, (None, None), dtype=FLOATS)
     embedding_size = word.shape[1]
     if inputs.is_floating_point():
         check_tensor("inputs_embeds", inputs, (None, embedding_size), like=word, dtype=word.dtype)

@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from albert_fast import backends
 from albert_fast.activations import ACTIVATIONS
-from albert_fast.ops.attention import AttentionOptions, attention, attention_with_weights
+from albert_fast.ops.attention import AttentionOptions, attention, attention_with_weights, check_bias
 from albert_fast.ops.attention import reference_backward as attention_backward
 from albert_fast.ops.attention import reference_forward as attention_forward
-from albert_fast.ops.checks import check, check_cu_seqlens, check_tensor
+from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
 
@@ -316,9 +316,17 @@ def _split_qkv(weight: Tensor, bias: Tensor) -> list[Tensor]:
     return [tensor.clone() for pair in pairs for tensor in pair]
 
 
-def _call(hidden: Tensor, num_heads: int, activation: str) -> backends.Call:
+@backends.reference("encoder_inference")
+def _inference(
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> Tensor:
+    with torch.no_grad():
+        return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options)
+
+
+def _call(hidden: Tensor, num_heads: int, activation: str, training: bool) -> backends.Call:
     head_dim = hidden.shape[-1] // num_heads
-    return backends.Call("encoder", hidden.device, hidden.dtype, head_dim=head_dim, activation=activation)
+    return backends.Call("encoder", hidden.device, hidden.dtype, head_dim, activation, training)
 
 
 @torch.library.custom_op("albert_fast::encoder", mutates_args=())
@@ -354,7 +362,7 @@ def _op(
         recompute,
         return_all,
     )
-    function = backends.implementation("encoder", _call(hidden, num_heads, activation))
+    function = backends.implementation("encoder", _call(hidden, num_heads, activation, training=True))
     return function(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
@@ -363,7 +371,6 @@ def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-
     options = EncoderOptions(*options)
     tokens, width = hidden.shape
     passes = len(options.layer_of_pass())
-    output = hidden.new_empty((passes + 1, tokens, width) if options.return_all else (tokens, width))
     state = (tokens, width)
     shapes = [
         state,
@@ -382,7 +389,55 @@ def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-
         for _ in range(passes)
         for shape, dtype in list(zip(shapes, dtypes, strict=True))[:count]
     ]
-    return output, kept
+    return _empty_output(hidden, options), kept
+
+
+@torch.library.custom_op("albert_fast::encoder_inference", mutates_args=())
+def _inference_op(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_layers: int,
+    num_groups: int,
+    inner_group_num: int,
+    num_heads: int,
+    activation: str,
+    eps: float,
+    hidden_dropout_p: float,
+    attention_dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    recompute: str,
+    return_all: bool,
+) -> Tensor:
+    """The output alone: nothing is kept for a backward, and there is none."""
+    options = EncoderOptions(
+        num_layers,
+        num_groups,
+        inner_group_num,
+        num_heads,
+        activation,
+        eps,
+        hidden_dropout_p,
+        attention_dropout_p,
+        seed,
+        bias,
+        recompute,
+        return_all,
+    )
+    function = backends.implementation("encoder_inference", _call(hidden, num_heads, activation, training=False))
+    return function(hidden, parameters, cu_seqlens, max_seqlen, options)
+
+
+@_inference_op.register_fake
+def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-untyped-def]
+    return _empty_output(hidden, EncoderOptions(*options))
+
+
+def _empty_output(hidden: Tensor, options: EncoderOptions) -> Tensor:
+    states = (len(options.layer_of_pass()) + 1,) if options.return_all else ()
+    return hidden.new_empty((*states, *hidden.shape))
 
 
 @torch.library.custom_op("albert_fast::encoder_backward", mutates_args=())
@@ -419,7 +474,7 @@ def _backward_op(
         recompute,
         return_all,
     )
-    function = backends.implementation("encoder_backward", _call(grad_output, num_heads, activation))
+    function = backends.implementation("encoder_backward", _call(grad_output, num_heads, activation, training=True))
     return function(grad_output.contiguous(), kept, parameters, cu_seqlens, max_seqlen, options)
 
 
@@ -513,8 +568,11 @@ def encoder(
         return_all,
     )
     _check_encoder(hidden, parameters, cu_seqlens, max_seqlen, options)
-    if attentions is not None or backends.uses_reference(_call(hidden, num_heads, activation)):
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *parameters))
+    if attentions is not None or backends.uses_reference(_call(hidden, num_heads, activation, training)):
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
+    if not training:
+        return _inference_op(hidden, parameters, cu_seqlens, max_seqlen, *options)
     output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options)
     return output
 
@@ -522,7 +580,9 @@ def encoder(
 def _check_encoder(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> None:
-    check_tensor("hidden", hidden, (None, None))
+    check_tensor("hidden", hidden, (None, None), dtype=FLOATS)
+    # Under autocast the products cast what they are given.
+    dtypes = FLOATS if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     width = hidden.shape[1]
     for name in ("num_layers", "num_groups", "inner_group_num", "num_heads"):
         check(getattr(options, name) >= 1, f"{name} is {getattr(options, name)}; at least 1 was expected")
@@ -550,6 +610,7 @@ def _check_encoder(
         f"{options.num_groups} x {options.inner_group_num} layers",
     )
     for first in range(0, expected, TENSORS_PER_LAYER):
+        check_tensor(f"parameters[{first + 10}]", parameters[first + 10], (None, width), like=hidden, dtype=dtypes)
         inner = parameters[first + 10].shape[0]
         square, vector = (width, width), (width,)
         shapes = (square, vector) * 4 + (
@@ -563,7 +624,10 @@ def _check_encoder(
             vector,
         )
         for offset, shape in enumerate(shapes):
-            check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden)
+            check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden, dtype=dtypes)
     check_dropout(options.hidden_dropout_p, options.seed, hidden.device)
     check_dropout(options.attention_dropout_p, options.seed, hidden.device)
     check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0], max_seqlen, hidden)
+    if options.bias is not None:
+        batch = cu_seqlens.numel() - 1
+        check_bias(options.bias, hidden.device, batch, options.num_heads, max_seqlen, max_seqlen)

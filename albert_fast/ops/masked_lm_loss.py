@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from albert_fast import backends
-from albert_fast.ops.checks import check, check_ids, check_tensor, values_can_be_read
+from albert_fast.ops.checks import FLOATS, check, check_ids, check_tensor, values_can_be_read
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -268,19 +268,18 @@ def masked_lm_loss_with_statistics(
     reduction: str = "mean",
 ) -> tuple[Tensor, MaskedLMStatistics]:
     """`masked_lm_loss`, and what was seen on the way: each token's loss, logsumexp and whether its label came first."""
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    check_tensor("x", x, (None, None), dtype=floats)
+    check_tensor("x", x, (None, None), dtype=FLOATS)
     autocast = torch.is_autocast_enabled(x.device.type)
-    dtypes = floats if autocast else x.dtype
+    dtypes = FLOATS if autocast else x.dtype
     check_tensor("table", table, (None, x.shape[1]), like=x, dtype=dtypes)
     check_tensor("bias", bias, (table.shape[0],), like=x, dtype=dtypes)
     check_tensor("labels", labels, (x.shape[0],), like=x, dtype=torch.int64)
     check(reduction in REDUCTIONS, f"reduction is {reduction!r}; one of {', '.join(REDUCTIONS)} was expected")
-    check(
-        0.0 <= label_smoothing < 1.0,
-        f"label_smoothing is {label_smoothing}; at least 0 and below 1 was expected",
-    )
-    check(z_loss >= 0.0, f"z_loss is {z_loss}; a factor of at least 0 was expected")
+    # Not `check`: a compiler that traces the number as a symbol cannot put it into a message.
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; at least 0 and below 1 was expected")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss is {z_loss}; a factor of at least 0 was expected")
     labelled = labels != ignore_index
     if values_can_be_read(labels):
         check_ids("labels", labels[labelled], table.shape[0], "the word table")

@@ -1,0 +1,256 @@
+"""What the parity suites share: implementations to try, ragged inputs, gradients, and the bound on errors.
+
+A suite compares three results on the same inputs: the implementation under test, PyTorch's own kernels in the same
+dtype (the peer), and an independent formula in float64 (the oracle).
+"""
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from albert_fast import backends
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ACCELERATED = [torch.float32, torch.bfloat16]
+LENGTHS = (1, 15, 17, 63, 127, 511)
+SHORT_LENGTHS = (1, 2, 3, 5, 15, 17)
+
+# The reference through PyTorch's autograd, then the operator as each backend of this machine serves it. Where
+# ALBERT_FAST_BACKEND names a backend, that one alone.
+REFERENCE = "reference"
+_forced = os.environ.get("ALBERT_FAST_BACKEND")
+IMPLEMENTATIONS = [
+    *([REFERENCE] if _forced is None else []),
+    *(
+        f"operator of {backend.name}"
+        for backend in backends.BACKENDS
+        if _forced in (None, backend.name) and backend.unavailable() is None
+    ),
+]
+
+parametrize_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+parametrize_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def use(implementation: str, call: backends.Call, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Makes `implementation` serve the rest of the test; True where the operator is to be called.
+
+    Skips where the backend declines the call: choosing another in its place would test that one twice.
+    """
+    if implementation == REFERENCE:
+        monkeypatch.delenv("ALBERT_FAST_BACKEND", raising=False)
+        monkeypatch.setattr(backends, "BACKENDS", [backends.REFERENCE])
+        return False
+    name = implementation.removeprefix("operator of ")
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", name)
+    backend = next(backend for backend in backends.BACKENDS if backend.name == name)
+    reason = backends.refusal(backend, call)
+    if reason is not None:
+        pytest.skip(f"{name} declines: {reason}")
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+
+
+def ragged_lengths(candidates: tuple[int, ...] = LENGTHS, rows: int | None = None) -> list[int]:
+    """Each of the candidates once, or `rows` of them drawn, and one empty row, in random order."""
+    lengths = list(candidates) if rows is None else random.choices(candidates, k=rows)
+    lengths.append(0)
+    random.shuffle(lengths)
+    return lengths
+
+
+def offsets(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """cu_seqlens of rows of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def rows_of(cu_seqlens: Tensor) -> list[slice]:
+    ends = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def random_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A key for the dropout: any 64 bits."""
+    return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+
+
+def cast(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """The tensors with those of floating point in `dtype`."""
+    return {
+        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
+
+
+def oracle_inputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The very same values in float64 on the CPU, where the formula in the test is evaluated."""
+    return cast(tensors, torch.float64, "cpu")
+
+
+# -------------------------------------------------------------------------------------------------- gradients
+
+
+def differentiate(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], upstream: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`output` of function(**tensors), and by name the gradient of each tensor of floating point.
+
+    `upstream` is the gradient of the output: ones when None.
+    """
+    leaves = {
+        name: tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for name, tensor in tensors.items()
+    }
+    output = function(**leaves)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    upstream = torch.ones_like(output) if upstream is None else upstream.to(output)
+    grads = torch.autograd.grad(output, list(wanted.values()), upstream, allow_unused=True)
+    return {
+        "output": output.detach(),
+        **{
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(wanted.items(), grads, strict=True)
+        },
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- bounds
+
+
+def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Frobenius norm of the difference over that of the expected, or over `scale`."""
+    actual, expected = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, expected))
+    assert actual.shape == expected.shape
+    error = (actual - expected).norm().item()
+    scale = expected.norm().item() if scale is None else scale
+    return error / scale if scale > 0 else error
+
+
+def assert_as_accurate_as(
+    actual: Tensor,
+    peer: Tensor,
+    oracle: Tensor,
+    factor: float = 2.0,
+    name: str = "",
+    scale: float | None = None,
+) -> None:
+    """The error of `actual` is at most `factor` times that of `peer`, PyTorch's result in the same dtype.
+
+    One rounding is always allowed (few numbers may happen to be exact in the peer); in float64, where the oracle
+    itself is rounded, a few more. `scale` takes the place of the oracle's norm where that vanishes.
+    """
+    assert actual.dtype == peer.dtype, f"{name}: {actual.dtype} in place of {peer.dtype}"
+    epsilon = torch.finfo(actual.dtype).eps
+    floor = 64 * epsilon if actual.dtype == torch.float64 else epsilon
+    error, allowed = relative_error(actual, oracle, scale), relative_error(peer, oracle, scale)
+    assert error <= max(factor * allowed, floor), (
+        f"{name}: relative error {error:.3g}, that of PyTorch in {actual.dtype} {allowed:.3g}"
+    )
+
+
+def assert_all_as_accurate_as(
+    actual: Mapping[str, Tensor],
+    peer: Mapping[str, Tensor],
+    oracle: Mapping[str, Tensor],
+    scales: Mapping[str, float] | None = None,
+) -> None:
+    """`assert_as_accurate_as` for the output and every gradient."""
+    assert actual.keys() == peer.keys() == oracle.keys()
+    for name in oracle:
+        assert_as_accurate_as(actual[name], peer[name], oracle[name], name=name, scale=(scales or {}).get(name))
+
+
+def assert_all_close(
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    tolerance: float = 1e-12,
+    scales: Mapping[str, float] | None = None,
+) -> None:
+    """Every relative error is below `tolerance`; absolute where the expected is zero."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        error = relative_error(actual[name], expected[name], (scales or {}).get(name))
+        assert error <= tolerance, f"{name}: relative error {error:.3g}"
+
+
+def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), f"{name} differs from run to run"
+
+
+# ---------------------------------------------------------------------------------------------- torch.library
+
+
+def check_operator(operator: Any, arguments: tuple[Any, ...], without_gradient: tuple[int, ...] = ()) -> None:
+    """torch.library.opcheck, with gradients of every tensor of floating point but `without_gradient`."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, list):
+            return [leaf(item) for item in value]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_()
+        return value
+
+    torch.library.opcheck(
+        operator,
+        tuple(argument if index in without_gradient else leaf(argument) for index, argument in enumerate(arguments)),
+    )
+
+
+class CountingBackend:
+    """For torch.compile: `aot_eager`, forward and backward, and a count of the graphs that were asked for."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+
+@contextmanager
+def saved_elements() -> Iterator[list[int]]:
+    """The sizes of what autograd keeps for the backward of the functions that run inside, views by what they show."""
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the memory, in elements, behind the largest tensor that any operation under it returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
