@@ -29,9 +29,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a machine with a GPU, in the environment that is there: see the script.
+# On a machine with a GPU, in the environment that is there (no .venv, no network): parity, benchmark, a JSON report.
 gpu:
-	bash benchmarks/gpu.sh $(ARGS)
+	$(PYTHON) benchmarks/gpu.py $(or $(OUT),benchmarks/results/gpu) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -29,7 +29,7 @@ MODEL_NAMES = ("spiece.model", "spm.model", "tokenizer.model")
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 # Before sentencepiece 0.2.1 the offsets came under another name.
-_WITH_OFFSETS = (
+_WITH_OFFSETS: dict[str, Any] = (
     {"return_type": "proto"}
     if "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.encode).parameters
     else {"out_type": "immutable_proto"}
@@ -226,7 +226,7 @@ class AlbertTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text, without special tokens around it."""
-        pieces = []
+        pieces: list[str] = []
         for i, part in enumerate(self._special_pattern.split(_checked_text("text", text))):
             pieces += [part] if i % 2 else self._pieces(part)
         return pieces

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ LABELLED_SHARE = 0.15
 RAGGED_FILL = 0.4
 
 # Of the vocabulary that is trained here.
-VOCAB_SIZE = 4000
+VOCAB_SIZE = 2000
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,15 @@ class Batch:
     def rows(self, start: int, end: int) -> Batch:
         """Rows start to end, without the columns that none of them fills."""
         lengths = self.lengths[start:end]
-        names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-        return Batch(*(getattr(self, name)[start:end, : max(lengths)] for name in names), lengths)
+        return self._map(lambda tensor: tensor[start:end, : max(lengths)], lengths)
 
     def to(self, device: torch.device | str) -> Batch:
-        names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-        return Batch(*(getattr(self, name).to(device) for name in names), self.lengths)
+        return self._map(lambda tensor: tensor.to(device), self.lengths)
+
+    def _map(self, change: Callable[[Tensor], Tensor], lengths: list[int]) -> Batch:
+        tensors = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
+        ids, mask, types, labels = map(change, tensors)
+        return Batch(ids, mask, types, labels, lengths)
 
 
 def read_text(files: Sequence[str]) -> Text:

@@ -14,7 +14,7 @@ _CPU_SIZES = ((512, 768, 3072), (1024, 768, 3072), (1024, 1024, 1024), (2048, 20
 _GPU_SIZES = ((4096, 4096, 4096), (8192, 8192, 8192))
 
 # Each size is repeated for this long, in seconds, and at least three times.
-_PROBE_SECONDS = 0.3
+_PROBE_SECONDS = 0.2
 
 
 def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled: int) -> int:

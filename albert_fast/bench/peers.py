@@ -122,7 +122,7 @@ class Transformers(Peer):
         values = {key: value for key, value in config.to_dict().items() if key != "dtype"}
         theirs = transformers.AlbertConfig.from_dict(values)
         theirs._attn_implementation = self.attention
-        self.model = transformers.AlbertForMaskedLM(theirs).to(device, dtype)
+        self.model = torch.nn.Module.to(transformers.AlbertForMaskedLM(theirs), device, dtype)
         self.model.load_state_dict(state_dict)
         self.model.train()
 
@@ -135,6 +135,11 @@ class TransformersEager(Transformers):
 class TransformersSdpa(Transformers):
     name = "transformers-sdpa"
     attention = "sdpa"
+
+
+def call(peer: Peer, batch: Batch, mode: str) -> object:
+    """The work that is timed: a forward for "inference", the loss and all gradients for "training"."""
+    return peer.inference(batch) if mode == "inference" else peer.loss_and_gradients(batch)
 
 
 PEERS: dict[str, type[Peer]] = {

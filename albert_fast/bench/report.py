@@ -1,0 +1,90 @@
+"""The table that `albert-fast bench` prints, from the report that `--json` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Report = dict[str, Any]
+
+COLUMNS = ("error", "ms", "tokens/s", "x floor", "albert_fast is", "peak")
+
+NOTE = (
+    "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
+    "at the best matrix rate. albert_fast is: how many times as fast as this row. peak: resident, in its own process."
+)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """One table: a section for each piece of work, a line for each peer."""
+    console.print(_headline(report), highlight=False, soft_wrap=True)
+    for work in report["works"]:
+        console.print(f"\n[bold]{_title(work)}[/]", highlight=False)
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
+        table.add_column("", no_wrap=True, min_width=max(len(row["peer"]) for row in work["rows"]))
+        for name in COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True, min_width=8)
+        for row in work["rows"]:
+            table.add_row(*_cells(row))
+        console.print(table)
+    console.print()
+    for work in report["works"]:
+        for row in work["rows"]:
+            if row["reason"] is not None:
+                console.print(f"{row['peer']}, {_title(work)}: {row['reason']}", highlight=False, soft_wrap=True)
+    console.print(NOTE, highlight=False, soft_wrap=True)
+
+
+def markdown(report: Report) -> str:
+    """The same table for a README."""
+    lines = [f"| work | peer | {' | '.join(COLUMNS)} |", "|---|---|" + "--:|" * len(COLUMNS)]
+    for work in report["works"]:
+        lines += [f"| {_title(work)} | {' | '.join(_cells(row))} |" for row in work["rows"]]
+    return "\n".join([_headline(report), "", *lines])
+
+
+def _headline(report: Report) -> str:
+    machine, versions, config = report["machine"], report["versions"], report["config"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rates = ", ".join(f"{rate:.0f} GFLOP/s {name}" for name, rate in report["matrix_gflops"].items())
+    served = "; ".join(f"{name}: {_served(operations)}" for name, operations in report["backends"].items())
+    return (
+        f"{report['date'][:10]}, {where}; {packages}\n"
+        f"ALBERT of {config['num_hidden_layers']} passes, hidden {config['hidden_size']}, vocabulary "
+        f"{config['vocab_size']}; text: {report['text']['source']}\n"
+        f"best matrix rate: {rates}. Backends: {served}"
+    )
+
+
+def _served(operations: dict[str, str]) -> str:
+    names = sorted(set(operations.values()))
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(f"{name} ({', '.join(o for o, b in operations.items() if b == name)})" for name in names)
+
+
+def _title(work: dict[str, Any]) -> str:
+    fill = "" if work["fill"] > 0.999 else f", {work['fill']:.0%} real"
+    labels = f", {work['labelled']} labels" if work["mode"] == "training" else ""
+    return f"{work['dtype']} {work['mode']} {work['shape']}{fill}{labels}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """peer, error, ms, tokens/s, x floor, speed-up, peak."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    wrong = row["passed"] is False
+    return [
+        row["peer"],
+        cell(row["error"], "{:.1e}") + (" WRONG" if wrong else ""),
+        cell(row["milliseconds"], "{:,.1f}"),
+        cell(row["tokens_per_second"], "{:,.0f}"),
+        cell(row["times_floor"], "{:.2f}"),
+        cell(row["speedup"], "{:.2f}x"),
+        cell(None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9, "{:.2f} GB"),
+    ]

@@ -1,0 +1,282 @@
+"""`albert-fast bench`: for each dtype, mode and shape, every peer in turn, parity first."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+import albert_fast
+from albert_fast import AlbertConfig, AlbertForMaskedLM
+from albert_fast.bench import parity
+from albert_fast.bench.arguments import CONFIGS, Options, Shape, options_from
+from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
+from albert_fast.bench.flops import flops, matrix_rate
+from albert_fast.bench.measure import interleave, median
+from albert_fast.bench.memory import peak_of_call
+from albert_fast.bench.peers import PEERS, Peer, Reference, call, serving_backends
+from albert_fast.bench.report import print_report
+
+_REPEATS = {"cpu": 3, "cuda": 20}
+
+
+@dataclass
+class Row:
+    """One peer at one piece of work.
+
+    Attributes:
+        passed: whether its error is within the limit; None where nothing was computed.
+        reason: why there is no figure.
+        milliseconds: median of the timed calls, `all_milliseconds`.
+        speedup: how many times as fast albert_fast is in the same run; above 1 where it is faster.
+        times_floor: milliseconds over the floor's.
+        peak_bytes: peak memory of one call: resident in a process of its own, or allocated on the GPU.
+    """
+
+    peer: str
+    error: float | None = None
+    limit: float | None = None
+    passed: bool | None = None
+    reason: str | None = None
+    milliseconds: float | None = None
+    all_milliseconds: list[float] | None = None
+    tokens_per_second: float | None = None
+    speedup: float | None = None
+    times_floor: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass
+class Work:
+    """What was asked of every peer, and what it needs at least."""
+
+    mode: str
+    dtype: str
+    shape: str
+    tokens: int
+    fill: float
+    labelled: int
+    gflop: float
+    floor_milliseconds: float | None
+    rows: list[Row]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; 1 where a peer of this package computes the wrong thing."""
+    options = options_from(args)
+    console = Console()
+    report = run(options, console)
+    print_report(report, console)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"wrote {options.json}")
+    ours = [row for work in report["works"] for row in work["rows"] if row["peer"] in ("albert_fast", "reference")]
+    return 0 if all(row["passed"] for row in ours) else 1
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """The report: machine, versions, configuration, and a `Work` for each dtype, mode and shape, as plain values."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is 'cuda' and torch finds no GPU here; cpu was expected")
+    device = torch.device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with _progress(console) as say:
+        say("reading the text, and training a vocabulary on it if there is none yet")
+        text = read_text(options.text)
+        tokenizer = load_tokenizer(options.vocab or _vocabulary_of(options), text)
+        config, state_dict = _model(options, len(tokenizer))
+        batches = {shape: make_batch(tokenizer, text, shape) for shape in options.shapes}
+        _check_lengths(config, options.shapes)
+        works, rates, backends = [], dict.fromkeys(options.dtypes, 0.0), {}
+        for dtype_name in options.dtypes:
+            dtype = getattr(torch, dtype_name)
+            backends[dtype_name] = serving_backends(config, device, dtype)
+            for mode in options.modes:
+                for shape, batch in batches.items():
+                    say(f"{dtype_name}: how fast this machine multiplies matrices")
+                    rates[dtype_name] = max(rates[dtype_name], matrix_rate(dtype, device))
+                    work = _new_work(config, batch, shape, mode, dtype_name)
+                    _measure(work, options, config, state_dict, batch.to(device), dtype, say)
+                    works.append(work)
+    for work in works:
+        # The best rate of the whole run: a machine that others use shows it at times only.
+        work.floor_milliseconds = work.gflop / (rates[work.dtype] / 1e9) * 1e3
+        for row in work.rows:
+            row.times_floor = None if row.milliseconds is None else row.milliseconds / work.floor_milliseconds
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": _machine(device),
+        "versions": _versions(),
+        "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
+        "text": {"source": text.source, "sha256": text.sha256},
+        "config": config.to_dict(),
+        "matrix_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "backends": backends,
+        "works": [asdict(work) for work in works],
+    }
+
+
+def _measure(
+    work: Work,
+    options: Options,
+    config: AlbertConfig,
+    state_dict: dict[str, Tensor],
+    batch: Batch,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> None:
+    """Fills in the rows of `work`."""
+    title = f"{work.dtype} {work.mode} {work.shape}"
+    device = batch.input_ids.device
+    say(f"{title}: the oracle, in float64")
+    expected = parity.oracle(config, state_dict, batch, work.mode)
+    yardstick = Reference()
+    yardstick.build(config, state_dict, dtype, device)
+    limit = parity.limit(parity.error(parity.results(yardstick, batch, work.mode), expected), dtype)
+    del yardstick
+
+    peers: dict[str, Peer] = {}
+    for name in options.compare:
+        peer = PEERS[name]()
+        row = Row(name, limit=limit, reason=peer.available())
+        work.rows.append(row)
+        if row.reason is not None:
+            continue
+        say(f"{title}: parity of {name}")
+        peer.build(config, state_dict, dtype, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        actual = parity.results(peer, batch, work.mode)
+        if device.type == "cuda":
+            row.peak_bytes = torch.cuda.max_memory_allocated(device)
+        row.error = parity.error(actual, expected)
+        row.passed = row.error <= limit
+        if row.passed:
+            peers[name] = peer
+        else:
+            row.reason = f"wrong: its error is {row.error:.1e}, and at most {limit:.1e} was expected"
+    del expected
+    gc.collect()
+
+    repeats = options.repeats or _REPEATS[device.type]
+    calls = {name: _bound(peer, batch, work.mode) for name, peer in peers.items()}
+    seconds = interleave(calls, repeats, device, lambda name: say(f"{title}: timing {name}"))
+    fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None
+    for row in work.rows:
+        if row.peer not in seconds:
+            continue
+        middle = median(seconds[row.peer])
+        row.milliseconds = middle * 1e3
+        row.all_milliseconds = [second * 1e3 for second in seconds[row.peer]]
+        row.tokens_per_second = work.tokens / middle
+        row.speedup = middle / fastest if fastest is not None else None
+    del peers, calls
+    gc.collect()
+    if device.type == "cpu" and options.memory in ("all", work.mode):
+        for row in work.rows:
+            if row.passed:
+                say(f"{title}: memory of {row.peer}")
+                row.peak_bytes = peak_of_call(row.peer, config, batch, work.mode, dtype)
+
+
+def _bound(peer: Peer, batch: Batch, mode: str) -> Callable[[], object]:
+    return lambda: call(peer, batch, mode)
+
+
+def _new_work(config: AlbertConfig, batch: Batch, shape: Shape, mode: str, dtype: str) -> Work:
+    operations = flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
+    return Work(mode, dtype, str(shape), batch.tokens, batch.fill, batch.labelled, operations / 1e9, None, [])
+
+
+def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
+    """The configuration, without dropout (masks that are drawn differently have no parity), and weights."""
+    if options.model is not None:
+        model = AlbertForMaskedLM.from_pretrained(options.model, dtype=torch.float32)
+    else:
+        named = options.config in CONFIGS
+        config = getattr(AlbertConfig, options.config)() if named else AlbertConfig.from_json_file(options.config)
+        layers = options.layers or config.num_hidden_layers
+        torch.manual_seed(0)
+        model = AlbertForMaskedLM(replace(config, num_hidden_layers=layers))
+    config = replace(
+        model.config,
+        num_hidden_layers=options.layers or model.config.num_hidden_layers,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the vocabulary has {vocab_size} pieces and the model {config.vocab_size} rows; no more pieces than rows "
+            "were expected: give the model's own --vocab"
+        )
+    return config, model.state_dict()
+
+
+def _vocabulary_of(options: Options) -> str | None:
+    """--model's own directory, where it holds a vocabulary."""
+    if options.model is None:
+        return None
+    names = ("spiece.model", "tokenizer.json")
+    return options.model if any((Path(options.model) / name).is_file() for name in names) else None
+
+
+def _check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
+    longest = max(shape.length for shape in shapes)
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"--shapes has rows of {longest} tokens; the model's {config.max_position_embeddings} positions were "
+            "expected at most"
+        )
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def _versions() -> dict[str, str]:
+    versions = {"albert_fast": albert_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(ImportError):
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    return versions
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows one line of what is going on; on a terminal it is the same line, otherwise each is printed once."""
+    if not console.is_terminal:
+        seen = set()
+
+        def print_once(text: str) -> None:
+            if text not in seen:
+                seen.add(text)
+                console.print(text, highlight=False)
+
+        yield print_once
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda text: progress.update(task, description=text)
