@@ -136,10 +136,12 @@ def assert_equal_outputs(actual, expected, tolerance=TOLERANCE) -> None:
 
 def assert_equal_gradients(model, peer, exact, tolerance=TOLERANCE) -> None:
     """Each gradient to the tolerance. Where rounding alone spoils more than that (the gradient of key.bias is nothing
-    but rounding), about as close to the exact one as transformers' is, and to a tenth of the tolerance of the whole."""
+    but rounding), about as close to the exact one as transformers' is, and to a tenth of the tolerance of the whole:
+    twice as far off in all, and four times in a single tensor, whose few elements are a matter of luck."""
     expected, oracle = dict(peer.named_parameters()), dict(exact.named_parameters())
     assert [name for name, _ in model.named_parameters()] == list(expected)
     whole = torch.stack([p.grad.norm() for p in oracle.values() if p.grad is not None]).norm()
+    all_ours, all_theirs = [], []
     for name, parameter in model.named_parameters():
         want = expected[name].grad
         if want is None:
@@ -148,7 +150,11 @@ def assert_equal_gradients(model, peer, exact, tolerance=TOLERANCE) -> None:
         theirs = (want - oracle[name].grad).norm()
         ours = (parameter.grad - oracle[name].grad).norm()
         close = (parameter.grad - want).norm() <= tolerance * want.norm()
-        assert close or ours <= 2 * theirs + 0.1 * tolerance * whole, (name, ours, theirs, want.norm(), whole)
+        assert close or ours <= 4 * theirs + 0.1 * tolerance * whole, (name, ours, theirs, want.norm(), whole)
+        all_ours.append(ours)
+        all_theirs.append(theirs)
+    ours, theirs = torch.stack(all_ours).norm(), torch.stack(all_theirs).norm()
+    assert ours <= 2 * theirs + 0.1 * tolerance * whole, (ours, theirs, whole)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -244,11 +250,8 @@ def test_packed_batch_gives_what_the_padded_gives(head):
     expected, actual = outputs_of(model(**inputs)), outputs_of(model(packed))
     assert list(expected) == list(actual)
     for name, tensor in actual.items():
-        per_token = tensor.shape[0] == packed.tokens and name not in (
-            "pooler_output",
-            "start_logits",
-            "end_logits",
-        )
+        of_rows = ("pooler_output", "sop_logits", "start_logits", "end_logits", "hidden_states", "attentions")
+        per_token = name not in of_rows and head != "AlbertForSequenceClassification"
         torch.testing.assert_close(packed.pad(tensor) if per_token else tensor, expected[name], rtol=0, atol=0)
 
 
