@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 MODES = ("inference", "training")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("cpu", "cuda")
 MEMORY = ("none", "training", "all")
 CONFIGS = ("base", "large", "xlarge", "xxlarge")
-PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
+DEFAULT_PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
+PEERS = (*DEFAULT_PEERS, "transformers-compile", "onnxruntime", "openvino")
 
 # [CLS], a token that can be masked, [SEP].
 SHORTEST_ROW = 3
@@ -41,7 +42,7 @@ class Options:
     shapes: tuple[Shape, ...] = (Shape(4, 128), Shape(8, 128, ragged=True))
     modes: tuple[str, ...] = MODES
     dtypes: tuple[str, ...] = ("float32",)
-    compare: tuple[str, ...] = PEERS
+    compare: tuple[str, ...] = DEFAULT_PEERS
     device: str = "cpu"
     threads: int | None = None
     repeats: int | None = None
@@ -69,7 +70,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--shapes", "rows x length, such as 8x128,8x512,32x128:ragged (default: %(default)s)", metavar="LIST")
     add("--mode", "inference, training or both (default: %(default)s)", metavar="LIST")
     add("--dtype", f"of weights and activations: {', '.join(DTYPES)} (default: %(default)s)", metavar="LIST")
-    add("--compare", f"who takes part: {', '.join(PEERS)} (default: all)", metavar="LIST")
+    add("--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
     add("--device", "cpu or cuda (default: %(default)s)")
     add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
     add("--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")

@@ -31,7 +31,7 @@ def peak_resident_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_of_call(peer: str, config: AlbertConfig, batch: Batch, mode: str, dtype: torch.dtype) -> int | None:
+def peak_of_call(peer: str, config: AlbertConfig, batch: Batch, mode: str, dtype: str) -> int | None:
     """Peak resident bytes of a process that builds `peer` with random weights and makes the call once, on the CPU.
 
     Raises:
@@ -62,8 +62,9 @@ def main(file: str) -> None:
     torch.set_num_threads(request["threads"])
     config = AlbertConfig.from_dict(request["config"])
     peer = PEERS[request["peer"]]()
-    peer.build(config, AlbertForMaskedLM(config).state_dict(), request["dtype"], torch.device("cpu"))
-    call(peer, Batch(**request["batch"]), request["mode"])
+    batch = Batch(**request["batch"])
+    peer.build(config, AlbertForMaskedLM(config).state_dict(), request["dtype"], torch.device("cpu"), batch)
+    call(peer, batch, request["mode"])
     print(peak_resident_bytes())
 
 

@@ -27,7 +27,7 @@ from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.flops import flops, matrix_rate
 from albert_fast.bench.measure import interleave, median
 from albert_fast.bench.memory import peak_of_call
-from albert_fast.bench.peers import PEERS, Peer, Reference, call, serving_backends
+from albert_fast.bench.peers import PEERS, Peer, call, serving_backends
 from albert_fast.bench.report import print_report
 
 _REPEATS = {"cpu": 3, "cuda": 20}
@@ -103,14 +103,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         _check_lengths(config, options.shapes)
         works, rates, backends = [], dict.fromkeys(options.dtypes, 0.0), {}
         for dtype_name in options.dtypes:
-            dtype = getattr(torch, dtype_name)
-            backends[dtype_name] = serving_backends(config, device, dtype)
-            for mode in options.modes:
+            compute = torch.float32 if dtype_name == "int8" else getattr(torch, dtype_name)
+            backends[dtype_name] = serving_backends(config, device, compute)
+            for mode in options.modes if dtype_name != "int8" else ("inference",):
                 for shape, batch in batches.items():
                     say(f"{dtype_name}: how fast this machine multiplies matrices")
-                    rates[dtype_name] = max(rates[dtype_name], matrix_rate(dtype, device))
+                    rates[dtype_name] = max(rates[dtype_name], matrix_rate(dtype_name, device))
                     work = _new_work(config, batch, shape, mode, dtype_name)
-                    _measure(work, options, config, state_dict, batch.to(device), dtype, say)
+                    _measure(work, options, config, state_dict, batch.to(device), say)
                     works.append(work)
     for work in works:
         # The best rate of the whole run: a machine that others use shows it at times only.
@@ -136,7 +136,6 @@ def _measure(
     config: AlbertConfig,
     state_dict: dict[str, Tensor],
     batch: Batch,
-    dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> None:
     """Fills in the rows of `work`."""
@@ -144,20 +143,17 @@ def _measure(
     device = batch.input_ids.device
     say(f"{title}: the oracle, in float64")
     expected = parity.oracle(config, state_dict, batch, work.mode)
-    yardstick = Reference()
-    yardstick.build(config, state_dict, dtype, device)
-    limit = parity.limit(parity.error(parity.results(yardstick, batch, work.mode), expected), dtype)
-    del yardstick
+    limit = parity.limit(config, state_dict, batch, work.mode, work.dtype, expected)
 
     peers: dict[str, Peer] = {}
     for name in options.compare:
         peer = PEERS[name]()
-        row = Row(name, limit=limit, reason=peer.available())
+        row = Row(name, limit=limit, reason=peer.refuses(work.mode, work.dtype, device.type))
         work.rows.append(row)
         if row.reason is not None:
             continue
         say(f"{title}: parity of {name}")
-        peer.build(config, state_dict, dtype, device)
+        peer.build(config, state_dict, work.dtype, device, batch)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         actual = parity.results(peer, batch, work.mode)
@@ -190,7 +186,7 @@ def _measure(
         for row in work.rows:
             if row.passed:
                 say(f"{title}: memory of {row.peer}")
-                row.peak_bytes = peak_of_call(row.peer, config, batch, work.mode, dtype)
+                row.peak_bytes = peak_of_call(row.peer, config, batch, work.mode, work.dtype)
 
 
 def _bound(peer: Peer, batch: Batch, mode: str) -> Callable[[], object]:

@@ -1,0 +1,87 @@
+"""What a peer is: one implementation of ALBERT that can be measured beside the others."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from albert_fast.bench.data import Batch
+from albert_fast.config import AlbertConfig
+
+
+class Peer(ABC):
+    """One implementation of a masked language model whose parameters have transformers' names.
+
+    Attributes:
+        name: in the table and in the report.
+        packages: what must be importable.
+        modes, dtypes, devices: what it can be asked for. "int8" is for weights and activations of the encoder's
+            products, all else in float32.
+    """
+
+    name: str
+    packages: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("inference", "training")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def refuses(self, mode: str, dtype: str, device: str) -> str | None:
+        """Why it has no part in such work here, in one line; None where it has."""
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            return f"{' and '.join(missing)} not installed: pip install 'albert_fast[peers]'"
+        for asked, known in ((mode, self.modes), (dtype, self.dtypes), (device, self.devices)):
+            if asked not in known:
+                return f"it has {', '.join(known)}, not {asked}"
+        return None
+
+    @abstractmethod
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        """Makes the model with copies of these float32 weights, in training mode where it has one.
+
+        `batch` is what it will be given: for implementations that are traced, or calibrated.
+        """
+
+    @abstractmethod
+    def inference(self, batch: Batch) -> Tensor:
+        """The encoder's last hidden states [batch, seq, hidden]; anything in the padding."""
+
+    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the labelled tokens, and `scale` times its gradient for each parameter by name.
+
+        A parameter without a gradient is left out.
+        """
+        raise NotImplementedError(f"{self.name} does not train")
+
+
+class TorchPeer(Peer):
+    """A peer that is a PyTorch module.
+
+    Attributes:
+        model: what `build` made.
+    """
+
+    model: Any
+
+    def inference(self, batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return self.model.albert(**batch.inputs()).last_hidden_state
+
+    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.model(**batch.inputs(), labels=batch.labels).loss
+        (loss * scale if scale != 1.0 else loss).backward()
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients
+
+
+def call(peer: Peer, batch: Batch, mode: str) -> object:
+    """The work that is timed: a forward for "inference", the loss and all gradients for "training"."""
+    return peer.inference(batch) if mode == "inference" else peer.loss_and_gradients(batch)

@@ -1,0 +1,52 @@
+"""transformers' AlbertForMaskedLM, with each of its implementations of attention, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from albert_fast.bench.data import Batch
+from albert_fast.bench.peers.base import TorchPeer
+from albert_fast.config import AlbertConfig
+
+
+class Transformers(TorchPeer):
+    packages = ("transformers",)
+    attention: str
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        import transformers
+
+        values = {key: value for key, value in config.to_dict().items() if key != "dtype"}
+        theirs = transformers.AlbertConfig.from_dict(values)
+        theirs._attn_implementation = self.attention
+        self.model = torch.nn.Module.to(transformers.AlbertForMaskedLM(theirs), device, getattr(torch, dtype))
+        self.model.load_state_dict(state_dict)
+        self.model.train()
+
+
+class TransformersEager(Transformers):
+    name = "transformers-eager"
+    attention = "eager"
+
+
+class TransformersSdpa(Transformers):
+    name = "transformers-sdpa"
+    attention = "sdpa"
+
+
+class TransformersCompile(TransformersSdpa):
+    """Under torch.compile; the first call of each shape takes a minute, uncounted."""
+
+    name = "transformers-compile"
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        super().build(config, state_dict, dtype, device, batch)
+        self.model.albert.compile(dynamic=False)
+        self.model.predictions.compile(dynamic=False)
