@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: bench test test-slow lint gpu clean
+.PHONY: bench test test-slow lint sanitize gpu clean
 
 # torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
 # nothing that follows asks for another build.
@@ -28,6 +28,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tests of csrc under AddressSanitizer and UndefinedBehaviorSanitizer, with a library built for them.
+sanitize: export ALBERT_FAST_CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+sanitize: $(STAMP)
+	$(BIN)/albert-fast build
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/csrc $(ARGS)
 
 # On a machine with a GPU, in the environment that is there (no .venv, no network): parity, benchmark, a JSON report.
 gpu:

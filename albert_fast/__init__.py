@@ -14,6 +14,7 @@ from albert_fast.model import (
     AlbertPreTrainedModel,
 )
 from albert_fast.packing import PackedBatch
+from albert_fast.quantization import quantize
 
 try:
     __version__ = version("albert_fast")
@@ -31,4 +32,5 @@ __all__ = [
     "AlbertModel",
     "AlbertPreTrainedModel",
     "PackedBatch",
+    "quantize",
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Call:
     head_dim: int | None = None
     activation: str | None = None
     training: bool = False  # whether a gradient will be asked for
+    quantized: bool = False  # whether the products are to be in int8
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,22 @@ REFERENCE = Backend(
     load=lambda: _reference,
 )
 
+
+def _cpu() -> ModuleType:
+    from albert_fast import cpu
+
+    return cpu
+
+
+CPU = Backend(
+    name="cpu",
+    unavailable=lambda: _cpu().unavailable(),
+    declines=lambda call: _cpu().declines(call),
+    load=lambda: _cpu().load(),
+)
+
 # Best first.
-BACKENDS: list[Backend] = [REFERENCE]
+BACKENDS: list[Backend] = [CPU, REFERENCE]
 
 
 def choose(call: Call) -> Backend:

@@ -33,6 +33,8 @@ ENTRIES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Says that a model runs in int8 (see `albert_fast.quantization`).
+QUANTIZATION_FILE = "quantization.json"
 TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.json",
@@ -434,7 +436,7 @@ def convert(
     try:
         config.save_pretrained(staging)
         write_state_dict(staging, weights, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, QUANTIZATION_FILE):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, staging / name)
         staging.replace(target)

@@ -16,6 +16,10 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--device", default=None, help="cpu, cuda, cuda:1 …; all that are here when not given")
     env.set_defaults(run=_env)
 
+    build = commands.add_parser("build", help="compile the native kernels now and print where they are")
+    build.add_argument("--force", action="store_true", help="compile them anew")
+    build.set_defaults(run=_build)
+
     convert = commands.add_parser("convert", help="write a checkpoint anew: sharded, single, or in another dtype")
     convert.add_argument("source", help="a Hugging Face directory, or a weight file beside its config.json")
     convert.add_argument("target", help="the directory to make")
@@ -25,6 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--bin", action="store_true", help="pytorch_model.bin in place of safetensors")
     convert.set_defaults(run=_convert)
+
+    quantize = commands.add_parser("quantize", help="a checkpoint whose encoder is to run in int8, and what that costs")
+    quantize.add_argument("source", help="a Hugging Face directory with its vocabulary")
+    quantize.add_argument("target", help="the directory to make")
+    quantize.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to measure the loss on")
+    quantize.set_defaults(run=_quantize)
 
     from albert_fast.bench import arguments
 
@@ -59,6 +69,12 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
+def _build(args: argparse.Namespace) -> int:
+    from albert_fast import native
+
+    return native.build_command(args.force)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from albert_fast.checkpoint import convert
 
@@ -70,6 +86,22 @@ def _convert(args: argparse.Namespace) -> int:
         dtype=args.dtype,
     )
     print(f"wrote {args.target}")
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from albert_fast import AlbertModel, quantization
+    from albert_fast.bench.data import read_text
+    from albert_fast.checkpoint import convert
+    from albert_fast.tokenizer import AlbertTokenizer
+
+    text = read_text(args.text)
+    tokenizer = AlbertTokenizer.from_pretrained(args.source)
+    model = AlbertModel.from_pretrained(args.source)
+    convert(args.source, args.target)
+    quantization.save(model.quantize(), args.target)
+    loss = quantization.accuracy_loss(model, tokenizer, text.paragraphs[:256])
+    print(f"wrote {args.target}\n{loss}; text: {text.source}")
     return 0
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albert_fast import ops
+from albert_fast import ops, quantization
 from albert_fast.activations import ACTIVATIONS
 from albert_fast.checkpoint import check_state_dict, read_state_dict, write_state_dict
 from albert_fast.config import AlbertConfig
@@ -123,12 +123,14 @@ class AlbertTransformer(nn.Module):
 
     Attributes:
         recompute: what backward computes again instead of keeping it: "none", "ffn" or "layer" (see `ops.encoder`).
+        quantized: whether the products are in int8: inference only (see `albert_fast.quantization`).
     """
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = "none"
+        self.quantized = False
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
         self.albert_layer_groups = nn.ModuleList([AlbertLayerGroup(config) for _ in range(config.num_hidden_groups)])
 
@@ -144,6 +146,10 @@ class AlbertTransformer(nn.Module):
     ) -> Tensor:
         """Embedded tokens [tokens, E] -> [tokens, hidden], or [passes + 1, tokens, hidden] with return_all."""
         config = self.config
+        check(
+            not (self.quantized and self.training),
+            "the model is quantized to int8, which does not train: model.eval(), or model.quantize(False) first",
+        )
         hidden = self.embedding_hidden_mapping_in(embedded)
         groups = cast("list[AlbertLayerGroup]", list(self.albert_layer_groups))
         layers = [cast(AlbertLayer, layer) for group in groups for layer in group.albert_layers]
@@ -165,6 +171,7 @@ class AlbertTransformer(nn.Module):
             recompute=self.recompute,
             return_all=return_all,
             attentions=attentions,
+            quantized=self.quantized,
         )
 
 
@@ -277,6 +284,11 @@ class AlbertPreTrainedModel(nn.Module):
         check(recompute in RECOMPUTE, f"recompute is {recompute!r}; one of {', '.join(RECOMPUTE)} was expected")
         self._base.encoder.recompute = recompute
 
+    def quantize(self: Model, quantized: bool = True) -> Model:
+        """Switches the encoder's products to int8, for inference, or back (see `albert_fast.quantization`)."""
+        quantization.quantize(self, quantized)
+        return self
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -321,6 +333,7 @@ class AlbertPreTrainedModel(nn.Module):
         if len(state) < len(expected):
             model.apply(model._init_weights)
         model.load_state_dict(state, strict=False)
+        quantization.load(model, directory)
         return model.eval()
 
     def save_pretrained(
@@ -342,6 +355,7 @@ class AlbertPreTrainedModel(nn.Module):
             safe_serialization=safe_serialization,
         )
         config.save_pretrained(directory)
+        quantization.save(self, directory)
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Cuts the word table, or lengthens it with new rows (and the decoder's, with bias 0)."""

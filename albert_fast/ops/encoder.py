@@ -16,7 +16,8 @@ gradients are summed over the passes in float32 at least, inside this one node o
 Dropout sites: pass i uses 1 + 2 i for the attention's probabilities and 2 + 2 i for the dropout that follows `dense`;
 site 0 is the embeddings'.
 
-Precision: products in the dtype of the parameters; softmax, statistics and the sums of gradients in float32 at least.
+Precision: products in the dtype of hidden, which autocast may make narrower than that of the parameters; softmax,
+statistics and the sums of gradients in float32 at least.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from albert_fast.ops.attention import reference_forward as attention_forward
 from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
+from albert_fast.ops.quantized_linear import quantized_linear
 
 RECOMPUTE = ("none", "ffn", "layer")
 TENSORS_PER_LAYER = 16
@@ -68,6 +70,7 @@ class EncoderOptions(NamedTuple):
     bias: Tensor | None
     recompute: str
     return_all: bool
+    quantized: bool = False  # inference alone has it
 
     def layer_of_pass(self) -> list[int]:
         """For each pass, which of the num_groups * inner_group_num layers it uses."""
@@ -127,13 +130,14 @@ def encoder_reference(
     """The loop in PyTorch. `attentions`, when given, receives each pass's [batch, heads, max_seqlen, max_seqlen]."""
     activation = ACTIVATIONS[options.activation]
     eps = options.eps
+    linear = quantized_linear if options.quantized else F.linear
 
     def feed_forward(h: Tensor, layer: _Layer) -> Tensor:
-        inner = activation(F.linear(h, layer.ffn_weight, layer.ffn_bias))
-        return F.linear(inner, layer.ffn_output_weight, layer.ffn_output_bias)
+        inner = activation(linear(h, layer.ffn_weight, layer.ffn_bias))
+        return linear(inner, layer.ffn_output_weight, layer.ffn_output_bias)
 
     def one_pass(x: Tensor, layer: _Layer, pass_index: int) -> Tensor:
-        qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
+        qkv = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
         attention_options = options.attention(pass_index, qkv.shape[-1])
         if attentions is None:
             context = attention(qkv, cu_seqlens, max_seqlen, **attention_options._asdict())
@@ -143,7 +147,7 @@ def encoder_reference(
                 query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, attention_options
             )
             attentions.append(weights)
-        projected = F.linear(context, layer.dense_weight, layer.dense_bias)
+        projected = linear(context, layer.dense_weight, layer.dense_bias)
         site = 2 + 2 * pass_index
         h = x + dropout(projected, options.hidden_dropout_p, options.seed, site, cu_seqlens)
         h = F.layer_norm(h, h.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, eps)
@@ -170,7 +174,10 @@ def encoder_reference(
 
 
 class _Saved(NamedTuple):
-    """What a pass leaves for its backward; `x` alone when recompute is "layer", without `inner` when it is "ffn"."""
+    """What a pass leaves for its backward; `x` alone when recompute is "layer", without `inner` when it is "ffn".
+
+    The operator keeps one tensor for all passes of each: [passes, …].
+    """
 
     x: Tensor  # [tokens, hidden], the pass's input
     qkv: Tensor  # [tokens, 3, heads, head_dim]
@@ -182,6 +189,27 @@ class _Saved(NamedTuple):
 
 
 _KEPT = {"none": 7, "ffn": 6, "layer": 1}
+
+
+def empty_kept(hidden: Tensor, parameters: list[Tensor], options: EncoderOptions) -> list[Tensor]:
+    """Memory for what the operator keeps: the first of `_Saved`'s tensors, of all passes."""
+    tokens, width = hidden.shape
+    state = (tokens, width)
+    shapes = {
+        "x": state,
+        "qkv": (tokens, 3, options.num_heads, width // options.num_heads),
+        "context": state,
+        "logsumexp": (options.num_heads, tokens),
+        "summed": state,
+        "output_summed": state,
+        "inner": (tokens, parameters[10].shape[0]),
+    }
+    at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
+    passes = len(options.layer_of_pass())
+    return [
+        hidden.new_empty((passes, *shapes[name]), dtype=at_least_float32 if name == "logsumexp" else hidden.dtype)
+        for name in _Saved._fields[: _KEPT[options.recompute]]
+    ]
 
 
 def _activate(x: Tensor, form: str) -> Tensor:
@@ -267,10 +295,11 @@ def _forward(
     states, kept = [hidden], []
     for pass_index, index in enumerate(options.layer_of_pass()):
         y, saved = _pass_forward(states[-1], layers[index], pass_index, cu_seqlens, max_seqlen, options)
-        # Copies: an operator's outputs must not share memory with each other or with its inputs.
-        kept += [tensor.clone() for tensor in saved[: _KEPT[options.recompute]]]
+        kept.append(saved[: _KEPT[options.recompute]])
         states = [*states, y] if options.return_all else [y]
-    return (torch.stack(states) if options.return_all else states[-1].clone()), kept
+    # Copies: an operator's outputs must not share memory with each other or with its inputs.
+    output = torch.stack(states) if options.return_all else states[-1].clone()
+    return output, [torch.stack(tensors) for tensors in zip(*kept, strict=True)]
 
 
 @backends.reference("encoder_backward")
@@ -289,11 +318,10 @@ def _backward(
         for layer in layers
     ]
     passes = options.layer_of_pass()
-    count = _KEPT[options.recompute]
     grad = grad_output[-1] if options.return_all else grad_output
     for pass_index in reversed(range(len(passes))):
         layer, layer_grads = layers[passes[pass_index]], grads[passes[pass_index]]
-        tensors = kept[pass_index * count : (pass_index + 1) * count]
+        tensors = [tensor[pass_index] for tensor in kept]
         if options.recompute == "none":
             saved = _Saved(*tensors)
         elif options.recompute == "ffn":
@@ -324,9 +352,11 @@ def _inference(
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
-def _call(hidden: Tensor, num_heads: int, activation: str, training: bool) -> backends.Call:
-    head_dim = hidden.shape[-1] // num_heads
-    return backends.Call("encoder", hidden.device, hidden.dtype, head_dim, activation, training)
+def _call(hidden: Tensor, options: EncoderOptions, training: bool) -> backends.Call:
+    head_dim = hidden.shape[-1] // options.num_heads
+    return backends.Call(
+        "encoder", hidden.device, hidden.dtype, head_dim, options.activation, training, options.quantized
+    )
 
 
 @torch.library.custom_op("albert_fast::encoder", mutates_args=())
@@ -362,34 +392,14 @@ def _op(
         recompute,
         return_all,
     )
-    function = backends.implementation("encoder", _call(hidden, num_heads, activation, training=True))
+    function = backends.implementation("encoder", _call(hidden, options, training=True))
     return function(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
 @_op.register_fake
 def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-untyped-def]
     options = EncoderOptions(*options)
-    tokens, width = hidden.shape
-    passes = len(options.layer_of_pass())
-    state = (tokens, width)
-    shapes = [
-        state,
-        (tokens, 3, options.num_heads, width // options.num_heads),
-        state,
-        (options.num_heads, tokens),
-        state,
-        state,
-        (tokens, parameters[10].shape[0]),
-    ]
-    at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
-    dtypes = [at_least_float32 if i == 3 else hidden.dtype for i in range(len(shapes))]
-    count = _KEPT[options.recompute]
-    kept = [
-        hidden.new_empty(shape, dtype=dtype)
-        for _ in range(passes)
-        for shape, dtype in list(zip(shapes, dtypes, strict=True))[:count]
-    ]
-    return _empty_output(hidden, options), kept
+    return _empty_output(hidden, options), empty_kept(hidden, parameters, options)
 
 
 @torch.library.custom_op("albert_fast::encoder_inference", mutates_args=())
@@ -410,6 +420,7 @@ def _inference_op(
     bias: Tensor | None,
     recompute: str,
     return_all: bool,
+    quantized: bool,
 ) -> Tensor:
     """The output alone: nothing is kept for a backward, and there is none."""
     options = EncoderOptions(
@@ -425,8 +436,9 @@ def _inference_op(
         bias,
         recompute,
         return_all,
+        quantized,
     )
-    function = backends.implementation("encoder_inference", _call(hidden, num_heads, activation, training=False))
+    function = backends.implementation("encoder_inference", _call(hidden, options, training=False))
     return function(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
@@ -474,7 +486,7 @@ def _backward_op(
         recompute,
         return_all,
     )
-    function = backends.implementation("encoder_backward", _call(grad_output, num_heads, activation, training=True))
+    function = backends.implementation("encoder_backward", _call(grad_output, options, training=True))
     return function(grad_output.contiguous(), kept, parameters, cu_seqlens, max_seqlen, options)
 
 
@@ -496,7 +508,7 @@ def _autograd(ctx, grad_output, _grad_kept):  # type: ignore[no-untyped-def]
     *tensors, cu_seqlens, seed, bias = ctx.saved_tensors
     kept, parameters = tensors[: ctx.counts[0]], tensors[ctx.counts[0] :]
     options = ctx.options._replace(seed=seed, bias=bias)
-    grad_hidden, *grads = _backward_op(grad_output, kept, parameters, cu_seqlens, ctx.max_seqlen, *options)
+    grad_hidden, *grads = _backward_op(grad_output, kept, parameters, cu_seqlens, ctx.max_seqlen, *options[:-1])
     return grad_hidden, grads, *([None] * 14)
 
 
@@ -525,6 +537,7 @@ def encoder(
     recompute: str = "none",
     return_all: bool = False,
     attentions: list[Tensor] | None = None,
+    quantized: bool = False,
 ) -> Tensor:
     """All passes of the encoder over packed tokens.
 
@@ -546,6 +559,7 @@ def encoder(
         return_all: also the input of the first pass and the output of each.
         attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond
             each row. Only the reference stores them: it serves such a call.
+        quantized: the products in int8 (see `albert_fast.ops.quantized_linear`), without a gradient.
 
     Returns:
         [tokens, hidden]; with return_all [passes + 1, tokens, hidden].
@@ -566,15 +580,35 @@ def encoder(
         bias,
         recompute,
         return_all,
+        quantized,
     )
     _check_encoder(hidden, parameters, cu_seqlens, max_seqlen, options)
+    if quantized and torch.is_grad_enabled():
+        with torch.no_grad():
+            return _run(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
+    return _run(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
+
+
+def _run(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: EncoderOptions,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """What serves the call, be it to train or not."""
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *parameters))
-    if attentions is not None or backends.uses_reference(_call(hidden, num_heads, activation, training)):
+    call = _call(hidden, options, training)
+    if attentions is not None or backends.uses_reference(call):
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
-    if not training:
+    if training:
+        output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options[:-1])
+        return output
+    if torch.compiler.is_compiling() or type(hidden) is not Tensor:
         return _inference_op(hidden, parameters, cu_seqlens, max_seqlen, *options)
-    output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options)
-    return output
+    # Without the operator, which would cost another 40 microseconds.
+    return backends.implementation("encoder_inference", call)(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
 def _check_encoder(

@@ -7,8 +7,11 @@ dtype (the peer), and an independent formula in float64 (the oracle).
 import itertools
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,7 +46,8 @@ parametrize_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: s
 def use(implementation: str, call: backends.Call, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Makes `implementation` serve the rest of the test; True where the operator is to be called.
 
-    Skips where the backend declines the call: choosing another in its place would test that one twice.
+    A backend without float64 is given the same numbers in float32, and the test's tolerances are widened. Skips where
+    the backend declines the call otherwise: choosing another in its place would test that one twice.
     """
     if implementation == REFERENCE:
         monkeypatch.delenv("ALBERT_FAST_BACKEND", raising=False)
@@ -53,9 +57,45 @@ def use(implementation: str, call: backends.Call, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ALBERT_FAST_BACKEND", name)
     backend = next(backend for backend in backends.BACKENDS if backend.name == name)
     reason = backends.refusal(backend, call)
+    if reason is not None and call.dtype == torch.float64:
+        reason = backends.refusal(backend, replace(call, dtype=torch.float32))
+        in_float32 = [_in_float32(other) if other is backend else other for other in backends.BACKENDS]
+        monkeypatch.setattr(backends, "BACKENDS", in_float32)
+        monkeypatch.setattr(sys.modules[__name__], "_least_tolerance", 1e-5)
+        monkeypatch.setattr(torch.testing, "assert_close", partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5))
     if reason is not None:
         pytest.skip(f"{name} declines: {reason}")
     return True
+
+
+# What the bounds below allow at least.
+_least_tolerance = 0.0
+
+
+def _in_float32(backend: backends.Backend) -> backends.Backend:
+    """The backend, with float64 tensors cast to float32 on the way in and the results cast back."""
+
+    def cast_to(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(new) if value.dtype == old else value
+        if isinstance(value, list | tuple):
+            items = [cast_to(item, old, new) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: cast_to(
+            function(*cast_to(args, torch.float64, torch.float32)), torch.float32, torch.float64
+        )
+
+    def declines(call: backends.Call) -> str | None:
+        return backend.declines(replace(call, dtype=torch.float32) if call.dtype == torch.float64 else call)
+
+    return replace(
+        backend,
+        declines=declines,
+        load=lambda: {name: wrapped(function) for name, function in backend.load().items()},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- inputs
@@ -152,7 +192,7 @@ def assert_as_accurate_as(
     """
     assert actual.dtype == peer.dtype, f"{name}: {actual.dtype} in place of {peer.dtype}"
     epsilon = torch.finfo(actual.dtype).eps
-    floor = 64 * epsilon if actual.dtype == torch.float64 else epsilon
+    floor = max(64 * epsilon if actual.dtype == torch.float64 else epsilon, _least_tolerance)
     error, allowed = relative_error(actual, oracle, scale), relative_error(peer, oracle, scale)
     assert error <= max(factor * allowed, floor), (
         f"{name}: relative error {error:.3g}, that of PyTorch in {actual.dtype} {allowed:.3g}"
@@ -179,6 +219,7 @@ def assert_all_close(
 ) -> None:
     """Every relative error is below `tolerance`; absolute where the expected is zero."""
     assert actual.keys() == expected.keys()
+    tolerance = max(tolerance, _least_tolerance)
     for name in expected:
         error = relative_error(actual[name], expected[name], (scales or {}).get(name))
         assert error <= tolerance, f"{name}: relative error {error:.3g}"

@@ -46,13 +46,16 @@ class AlbertFast(TorchPeer):
 
     name = "albert_fast"
     backend: str | None = None
+    dtypes = (*TorchPeer.dtypes, "int8")
 
     def build(
         self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
     ) -> None:
-        self.model = AlbertForMaskedLM(config).to(device, getattr(torch, dtype))
+        self.model = AlbertForMaskedLM(config).to(device, torch.float32 if dtype == "int8" else getattr(torch, dtype))
         self.model.load_state_dict(state_dict)
         self.model.train()
+        if dtype == "int8":
+            self.model.quantize()
 
     def inference(self, batch: Batch) -> Tensor:
         with forced_backend(self.backend):
@@ -66,4 +69,4 @@ class AlbertFast(TorchPeer):
 class Reference(AlbertFast):
     name = "reference"
     backend = "reference"
-    dtypes = ("float64", "float32", "bfloat16", "float16")
+    dtypes = ("float64", *AlbertFast.dtypes)

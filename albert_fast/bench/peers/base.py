@@ -38,7 +38,7 @@ class Peer(ABC):
         for asked, known in ((mode, self.modes), (dtype, self.dtypes), (device, self.devices)):
             if asked not in known:
                 return f"it has {', '.join(known)}, not {asked}"
-        return None
+        return "int8 is for inference" if (mode, dtype) == ("training", "int8") else None
 
     @abstractmethod
     def build(

@@ -1,0 +1,350 @@
+"""Finds, builds and loads csrc: one shared library, made on first use and kept in a cache.
+
+The cache is $ALBERT_FAST_CACHE, else $XDG_CACHE_HOME/albert_fast or ~/.cache/albert_fast. A library's name there says
+what it was made of: the sources, the compiler and its version, the flags, torch and the processor's architecture. It is
+written under another name and renamed, behind a file lock, so that a process finds a whole library or none, and two
+that start together build it once. A library of the same sources and torch serves where there is no compiler.
+
+Object files are named by what they were made of, too: after a change of one source, only that one is compiled.
+
+Nothing is imported, compiled or loaded before an operation is first called; what stands in the way is one line, and
+PyTorch then serves in the library's place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+# The one source that includes torch: its stable ABI as of 2.10, so that nothing is used that 2.10 lacks.
+_BINDING = "binding.cpp"
+_BINDING_FLAGS = "-O1 -DTORCH_TARGET_VERSION=0x020a000000000000"
+_FLAGS = "-std=c++17 -O3 -fPIC -Wall -Wextra -fno-math-errno -fno-trapping-math"
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+# The names and flags that csrc/cpu/isa.h tells of.
+ISA_FLAGS = {
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni": f"{_AVX512} -mavx512vnni",
+    "avx512_bf16": f"{_AVX512} -mavx512bf16",
+}
+# A source of namespace albert::ALBERT_ISA is compiled for these, and a few for more.
+_ISAS = ("avx512", "avx2")
+_MORE_ISAS = {"gemm_micro.cpp": ("avx512_vnni", "avx512_bf16")}
+
+
+class BuildError(RuntimeError):
+    """The library could not be built; the message holds the compiler's own."""
+
+
+# --------------------------------------------------------------------------------------------------- what is on hand
+
+
+def source_folder() -> Path | None:
+    """csrc as package data, where the package was installed, or in the checkout."""
+    package = Path(__file__).parent
+    return next((folder for folder in (package / "csrc", package.parent / "csrc") if _has_sources(folder)), None)
+
+
+def _has_sources(folder: Path) -> bool:
+    return (folder / _BINDING).is_file()
+
+
+def cache_folder() -> Path:
+    if "ALBERT_FAST_CACHE" in os.environ:
+        return Path(os.environ["ALBERT_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "albert_fast"
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, or the first of the usual names that is on the PATH."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    if wanted:
+        return wanted if shutil.which(wanted[0]) else None
+    found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+    return None if found is None else [found]
+
+
+def ninja() -> str | None:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+
+
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    """What tells this compiler from another."""
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return f"{' '.join(command)} {os.path.realpath(shutil.which(command[0]) or command[0])} {result.stdout}"
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot have the library, as far as that is seen without building it; None where it can."""
+    return _state.reason
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compiled into the library, and the names that follow from it."""
+
+    command: tuple[str, ...] | None  # the compiler's; None where there is none
+    extra_flags: tuple[str, ...]
+    units: tuple[tuple[Path, str], ...]  # a source and its flags
+    texts: dict[Path, str]  # digest of each source and what it includes
+
+    @classmethod
+    def make(cls, extra_flags: Iterable[str] = ()) -> Plan:
+        sources = source_folder()
+        if sources is None:
+            raise BuildError("the C++ sources (csrc) are missing from this installation: install albert_fast anew")
+        units = [(sources / _BINDING, _BINDING_FLAGS)]
+        for path in sorted((sources / "cpu").glob("*.cpp")):
+            isas = _ISAS if "namespace albert::ALBERT_ISA" in path.read_text() else ()
+            units += [(path, f"{ISA_FLAGS[isa]} -DALBERT_ISA={isa}") for isa in (*isas, *_MORE_ISAS.get(path.name, ()))]
+            if not isas:
+                units.append((path, ""))
+        texts = {path: _digest(*_with_includes(path)) for path in {path for path, _ in units}}
+        command = compiler()
+        flags = (*shlex.split(os.environ.get("ALBERT_FAST_CXXFLAGS", "")), *extra_flags)
+        return cls(None if command is None else tuple(command), flags, tuple(units), texts)
+
+    def object_name(self, unit: tuple[Path, str]) -> str:
+        path, flags = unit
+        isa = re.search(r"ALBERT_ISA=(\w+)", flags)
+        headers = torch.__version__ if path.name == _BINDING else ""
+        made_of = _digest(self.texts[path], _FLAGS, flags, *self.extra_flags, self.version, headers)
+        return f"{path.stem}-{isa[1] if isa else 'any'}-{made_of}.o"
+
+    @property
+    def version(self) -> str:
+        return "" if self.command is None else _version(self.command)
+
+    @property
+    def link_flags(self) -> str:
+        return f"-shared -pthread -L{shlex.quote(str(Path(torch.__file__).parent / 'lib'))} -ltorch_cpu"
+
+    @property
+    def stem(self) -> str:
+        """The part of the library's name that says nothing of the compiler."""
+        texts = [text for path, flags in self.units for text in (self.texts[path], flags)]
+        made_of = _digest(*texts, _FLAGS, *self.extra_flags, torch.__version__)
+        return f"albert_fast-{platform.machine()}-{made_of}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.stem}-{_digest(self.version)}.so"
+
+    def existing(self) -> Path | None:
+        """The library in the cache; without a compiler, that of any compiler."""
+        if self.command is not None:
+            path = cache_folder() / self.name
+            return path if path.is_file() else None
+        return next(iter(sorted(cache_folder().glob(f"{self.stem}-*.so"))), None)
+
+    def ninja_file(self, output: str) -> str:
+        def quoted(path: Path) -> str:
+            return re.sub(r"([ :$])", r"$\1", str(path))
+
+        assert self.command is not None
+        command, extra = shlex.join(self.command), shlex.join(self.extra_flags)
+        lines = [f"rule compile\n  command = {command} {_FLAGS} $flags {extra} -c $in -o $out"]
+        lines.append(f"rule link\n  command = {command} {extra} $in {self.link_flags} -o $out")
+        names = [self.object_name(unit) for unit in self.units]
+        for (path, flags), name in zip(self.units, names, strict=True):
+            if path.name == _BINDING:
+                flags += f" -isystem {shlex.quote(str(Path(torch.__file__).parent / 'include'))}"
+            lines.append(f"build {name}: compile {quoted(path)}\n  flags = {flags}")
+        lines.append(f"build {output}: link {' '.join(names)}")
+        return "\n".join(lines) + "\n"
+
+
+def _digest(*texts: str | bytes) -> str:
+    total = hashlib.sha256()
+    for text in texts:
+        data = text.encode() if isinstance(text, str) else text
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()[:16]
+
+
+def _with_includes(path: Path, seen: set[str] | None = None) -> Iterator[bytes]:
+    """The text of a source and of the files beside it that it includes, each once."""
+    seen = set() if seen is None else seen
+    seen.add(str(path))
+    text = path.read_bytes()
+    yield text
+    for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
+        included = os.path.normpath(path.parent / os.fsdecode(name))
+        if included not in seen and os.path.isfile(included):
+            yield from _with_includes(Path(included), seen)
+
+
+# ------------------------------------------------------------------------------------------------------ build and load
+
+
+def build(extra_flags: Iterable[str] = (), *, force: bool = False, quiet: bool = True) -> Path:
+    """The library's path; it is built where it is not in the cache.
+
+    Args:
+        extra_flags: of the compiler and the linker, after those of $ALBERT_FAST_CXXFLAGS: -fsanitize=address, …
+        force: compiles all of it anew.
+        quiet: says nothing unless it fails.
+
+    Raises:
+        BuildError: there is no compiler, or it failed; the message holds its own.
+    """
+    plan = Plan.make(extra_flags)
+    existing = plan.existing()
+    if existing is not None and not force:
+        return existing
+    reason = _lacking(plan)
+    if reason is not None:
+        raise BuildError(reason)
+    import fcntl  # not on Windows
+
+    folder = cache_folder()
+    try:
+        (folder / "objects").mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            existing = None if force else plan.existing()
+            return existing or _build(plan, folder, force, quiet)
+    except OSError as error:
+        raise BuildError(f"cannot write the cache {folder} ({error}): set ALBERT_FAST_CACHE to a folder") from error
+
+
+def _build(plan: Plan, folder: Path, force: bool, quiet: bool) -> Path:
+    if not quiet:
+        print(f"albert_fast: compiling the CPU kernels into {folder}, once: about 20 seconds", file=sys.stderr)
+    partial, script = f"partial-{plan.name}", f"{plan.name}.ninja"
+    objects = folder / "objects"
+    if force:
+        for name in (partial, *map(plan.object_name, plan.units)):
+            (objects / name).unlink(missing_ok=True)
+    (objects / script).write_text(plan.ninja_file(partial))
+    program = ninja()
+    assert program is not None
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    result = subprocess.run([program, "-C", str(objects), "-f", script, *jobs], capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    (objects / f"{plan.name}.log").write_text(log)
+    if result.returncode != 0:
+        raise BuildError(f"the compiler failed; its output ({objects / plan.name}.log):\n{log}")
+    os.replace(objects / partial, folder / plan.name)
+    return folder / plan.name
+
+
+def _lacking(plan: Plan) -> str | None:
+    """What a build needs and this machine lacks."""
+    if plan.command is None:
+        if os.environ.get("CXX"):
+            return f"CXX is {os.environ['CXX']!r}, which is not found: set it to a C++ compiler"
+        return "there is no C++ compiler: install g++ or clang++, or set CXX"
+    return None if ninja() else "there is no ninja: pip install ninja"
+
+
+@dataclass
+class _State:
+    """What this process knows of the library."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    loaded: bool = False
+    failure: str | None = None
+    looked: bool = False
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no library, as far as that is known or seen at a glance."""
+        if not self.looked:
+            with self.lock:
+                if not self.looked:
+                    self._fail(self._glance())
+                    self.looked = True
+        return self.failure
+
+    def _glance(self) -> str | None:
+        if platform.system() != "Linux":
+            return f"the CPU kernels are built on Linux only, and this is {platform.system()}"
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return f"the CPU kernels need an x86-64 processor, and this one is {platform.machine()}"
+        try:
+            plan = Plan.make()
+            return None if plan.existing() else _lacking(plan)
+        except BuildError as error:
+            return str(error)
+
+    def _fail(self, reason: str | None) -> None:
+        self.failure = reason
+        if reason is not None:
+            warnings.warn(f"albert_fast: {reason}. PyTorch serves in their place.", RuntimeWarning, stacklevel=2)
+
+    def load(self) -> str | None:
+        """Builds and loads the library, once; why there is none."""
+        if self.loaded:
+            return None
+        with self.lock:
+            if self.loaded or self.reason is not None:
+                return self.failure
+            try:
+                torch.ops.load_library(str(build(quiet=False)))
+                isa = torch.ops.albert_fast_native.isa()
+                if isa == "none":
+                    self._fail("the CPU kernels need a processor with AVX2 and FMA")
+            except BuildError as error:
+                summary, _, log = str(error).partition("\n")
+                print(log, end="", file=sys.stderr)
+                self._fail(f"the CPU kernels could not be built: {summary.rstrip(':')}")
+            except OSError as error:
+                self._fail(
+                    f"the CPU kernels could not be loaded ({error}): `albert-fast build --force` makes them anew"
+                )
+            self.loaded = self.failure is None
+        return self.failure
+
+
+_state = _State()
+
+
+def load() -> str | None:
+    """Builds and loads the library where this process has not yet; why there is none, or None.
+
+    `torch.ops.albert_fast_native` then has its operators.
+    """
+    return _state.load()
+
+
+# A compiler that traces a call takes the answers as constants: they do not change once they are known.
+for _function in (unavailable, load):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def build_command(force: bool) -> int:
+    """`albert-fast build`."""
+    start = time.perf_counter()
+    try:
+        path = build(force=force, quiet=False)
+    except BuildError as error:
+        print(f"albert-fast build: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}\n{time.perf_counter() - start:.1f} s, {path.stat().st_size / 2**20:.1f} MiB")
+    return 0

@@ -1,0 +1,128 @@
+"""Weights of the shared layer as the CPU kernels read them: packed once a version of the parameters, used until then.
+
+A packing is good as long as the very same tensors are given with the same version counters and memory: an optimizer's
+step, `load_state_dict`, `.to()` and every edit in place that autograd knows of change one of them. Two kinds of edit
+change none:
+
+- of a tensor made under `torch.inference_mode()`, which has no version counter: a copy of it is kept and compared.
+- through `.data` or NumPy: a sample of 128 elements of each matrix is compared. Replacing or scaling a matrix is seen;
+  an edit of a few elements is not, unless one of them is in the sample. Call `forget()` after such an edit.
+
+Vectors are not packed: each call reads them from the parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from albert_fast.ops.encoder import TENSORS_PER_LAYER
+
+# csrc/cpu/gemm.h
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+_FORMATS = {**CODES, torch.int8: 2}
+
+# Places of the matrices among a layer's tensors: query, key, value, dense, ffn, ffn_output.
+_MATRICES = (0, 2, 4, 6, 10, 12)
+
+
+class _Entry(NamedTuple):
+    references: tuple[weakref.ref[Tensor], ...]
+    stamps: tuple[tuple[int, int], ...]  # version and address of each matrix
+    fingerprint: int
+    copies: tuple[Tensor, ...]  # of those without a version counter
+    packed: list[Tensor]  # 4 a layer, or with the transposes 8
+    has_transposes: bool
+
+
+_entries: dict[tuple[object, ...], _Entry] = {}
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A lock that another thread held when the process forked would never be free again."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def forget() -> None:
+    """Drops every packing."""
+    with _lock:
+        _entries.clear()
+
+
+def packed_weights(parameters: list[Tensor], dtype: torch.dtype, transposes: bool = False) -> list[Tensor]:
+    """The matrices of the layers, packed for products in `dtype`: for each layer query, key and value as one, dense,
+    ffn, ffn_output, and with `transposes` the transpose of each after them."""
+    matrices = [
+        parameters[first + place] for first in range(0, len(parameters), TENSORS_PER_LAYER) for place in _MATRICES
+    ]
+    key = (*map(id, matrices), dtype, os.environ.get("ALBERT_FAST_ISA"))
+    entry = _entries.get(key)
+    if entry is not None and (entry.has_transposes or not transposes) and _is_good(entry, matrices):
+        return entry.packed
+    with _lock:
+        entry = _entries.get(key)
+        good = entry is not None and _is_good(entry, matrices)
+        if entry is None or not good or (transposes and not entry.has_transposes):
+            # Weights that are being trained are packed in both ways from then on.
+            transposes = transposes or (entry is not None and entry.has_transposes)
+            entry = _entries[key] = _prepare(matrices, dtype, transposes, key)
+        return entry.packed
+
+
+def _stamp(matrix: Tensor) -> tuple[int, int]:
+    return (0 if matrix.is_inference() else matrix._version, matrix.data_ptr())
+
+
+def _is_good(entry: _Entry, matrices: list[Tensor]) -> bool:
+    if any(reference() is not matrix for reference, matrix in zip(entry.references, matrices, strict=True)):
+        return False
+    if entry.stamps != tuple(map(_stamp, matrices)):
+        return False
+    if entry.fingerprint != torch.ops.albert_fast_native.fingerprint(matrices):
+        return False
+    if not entry.copies:
+        return True
+    without = [matrix for matrix in matrices if matrix.is_inference()]
+    return all(torch.equal(copy, matrix) for copy, matrix in zip(entry.copies, without, strict=True))
+
+
+def _prepare(matrices: list[Tensor], dtype: torch.dtype, transposes: bool, key: tuple[object, ...]) -> _Entry:
+    def drop(_: weakref.ref[Tensor]) -> None:
+        _entries.pop(key, None)
+
+    # What tells the versions apart is taken first: an edit that comes between is then noticed by the next call.
+    references = tuple(weakref.ref(matrix, drop) for matrix in matrices)
+    stamps = tuple(map(_stamp, matrices))
+    fingerprint = torch.ops.albert_fast_native.fingerprint(matrices)
+    with torch.no_grad():
+        copies = tuple(matrix.clone() for matrix in matrices if matrix.is_inference())
+        sources = []
+        for first in range(0, len(matrices), len(_MATRICES)):
+            query, key_, value, *rest = (matrix.detach() for matrix in matrices[first : first + len(_MATRICES)])
+            layer = [torch.cat([query, key_, value]), *rest]
+            sources += [*layer, *(matrix.t() for matrix in layer)] if transposes else layer
+        packed = _pack(sources, dtype)
+    return _Entry(references, stamps, fingerprint, copies, packed, transposes)
+
+
+def _pack(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each of them, one after the other in memory with large pages."""
+    library, code = torch.ops.albert_fast_native, _FORMATS[dtype]
+    sizes = [(library.packed_bytes(code, *matrix.shape) + 63) // 64 * 64 for matrix in matrices]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    library.advise(memory)
+    packed = list(memory.split(sizes))
+    for matrix, part in zip(matrices, packed, strict=True):
+        library.pack(matrix, code, part)
+    return packed

@@ -1,0 +1,661 @@
+// The one file that knows torch: operators of the library albert_fast_native over LibTorch's stable ABI.
+//
+// They are called by albert_fast/cpu.py alone, which has checked shapes and dtypes: what is left here are pointers,
+// the threads of torch's own pool, and scratch memory that each thread keeps.
+#include <pthread.h>
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/encoder.h"
+#include "cpu/gemm.h"
+#include "cpu/masked_lm_loss.h"
+#include "cpu/token_ops.h"
+
+namespace {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// ------------------------------------------------------------------------------------------------------------ threads
+
+// The threads of torch's pool do not survive a fork, and OpenMP would wait for them: a forked child runs on one.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+void run_tasks(void*, int tasks, void (*task)(void*, int), void* argument) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(argument, static_cast<int>(i));
+  });
+}
+
+albert_parallel threads() {
+  const int count = forked ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  return {nullptr, count, count > 1 ? run_tasks : nullptr};
+}
+
+// ------------------------------------------------------------------------------------------------------------- memory
+
+// Asks for pages of 2 MB where memory is large and not yet written: packed weights pass by in whole each pass, and what
+// backward reads is new memory in each step.
+constexpr size_t kHugePage = size_t{2} << 20;
+void advise_huge_pages(const void* p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is no error
+#endif
+}
+
+// Scratch memory of one call at a time, kept for the thread's next call unless it is large.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    if (bytes > kept_.bytes) kept_.allocate(bytes);
+  }
+  ~Workspace() {
+    if (kept_.bytes > kMost) kept_.allocate(0);
+  }
+  void* data() const { return kept_.data; }
+
+ private:
+  static constexpr size_t kMost = size_t{64} << 20;
+  struct Memory {
+    void* data = nullptr;
+    size_t bytes = 0;
+    void allocate(size_t wanted) {
+      std::free(data);
+      data = nullptr;
+      const size_t alignment = wanted < kHugePage ? 64 : kHugePage;
+      bytes = (wanted + alignment - 1) / alignment * alignment;
+      if (bytes == 0) return;
+      data = std::aligned_alloc(alignment, bytes);
+      advise_huge_pages(data, bytes);
+      if (data != nullptr) return;
+      bytes = 0;
+      throw std::bad_alloc();
+    }
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory kept_;
+};
+thread_local Workspace::Memory Workspace::kept_;
+
+void check(int error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "albert_fast: ", what, " failed with code ", error, " (csrc/cpu/gemm.h)");
+}
+
+// ------------------------------------------------------------------------------------------------------------ tensors
+
+int dtype_code(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return ALBERT_F32;
+    case torch::headeronly::ScalarType::BFloat16: return ALBERT_BF16;
+    default: STD_TORCH_CHECK(false, "albert_fast: float32 or bfloat16 was expected");
+  }
+}
+
+template <class T = void>
+T* data(const Tensor& x) { return static_cast<T*>(x.data_ptr()); }
+template <class T = void>
+T* data(const OptionalTensor& x) { return x.has_value() ? data<T>(*x) : nullptr; }
+
+// The vectors among some tensors as the kernels take them, float32 and contiguous, one after the other.
+class Vectors {
+ public:
+  explicit Vectors(const Tensors& tensors) {
+    size_t total = 0;
+    for (const Tensor& x : tensors) total += x.dim() == 1 ? static_cast<size_t>(x.numel()) : 0;
+    values_.resize(total);
+    float* out = values_.data();
+    for (const Tensor& x : tensors)
+      if (x.dim() == 1) out = copy(x, out);
+  }
+  const float* next(int64_t count) {
+    const float* p = values_.data() + used_;
+    used_ += static_cast<size_t>(count);
+    return p;
+  }
+
+ private:
+  static float* copy(const Tensor& x, float* out) {
+    const int64_t count = x.numel(), stride = count > 1 ? x.stride(0) : 1;
+    if (dtype_code(x) == ALBERT_F32) {
+      const float* in = data<const float>(x);
+      for (int64_t i = 0; i < count; ++i) *out++ = in[i * stride];
+      return out;
+    }
+    const uint16_t* in = data<const uint16_t>(x);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(in[i * stride]) << 16;
+      std::memcpy(out++, &bits, sizeof bits);
+    }
+    return out;
+  }
+
+  std::vector<float> values_;
+  size_t used_ = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------------ weights
+
+std::string isa() { return albert_isa(); }
+
+int64_t packed_bytes(int64_t dtype, int64_t n, int64_t k) {
+  return static_cast<int64_t>(albert_packed_bytes(static_cast<int>(dtype), n, k));
+}
+
+void pack(Tensor weight, int64_t dtype, Tensor packed) {
+  const albert_parallel parallel = threads();
+  check(albert_pack(static_cast<int>(dtype), dtype_code(weight), data(weight), weight.stride(0), weight.stride(1),
+                    weight.size(0), weight.size(1), data(packed), &parallel),
+        "pack");
+}
+
+void advise(Tensor memory) {
+  advise_huge_pages(data(memory), static_cast<size_t>(memory.numel()) * memory.element_size());
+}
+
+// A sample of the matrices' elements: an edit that no version counter tells of, such as one through .data, changes it
+// unless it touches a few elements only.
+int64_t fingerprint(Tensors matrices) {
+  constexpr uint64_t kSamples = 128, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
+  uint64_t hash = 0xCBF29CE484222325u;
+  for (const Tensor& x : matrices) {
+    const uint64_t rows = x.size(0), columns = x.size(1), elements = rows * columns;
+    const int64_t row_stride = x.stride(0), column_stride = x.stride(1);
+    const bool wide = dtype_code(x) == ALBERT_F32;
+    for (uint64_t i = 0; elements > 0 && i < kSamples; ++i) {
+      const uint64_t e = static_cast<uint64_t>((static_cast<unsigned __int128>(i * kStep) * elements) >> 64);
+      const auto row = static_cast<int64_t>(e / columns), column = static_cast<int64_t>(e % columns);
+      const int64_t at = row * row_stride + column * column_stride;
+      hash = (hash ^ (wide ? data<const uint32_t>(x)[at] : data<const uint16_t>(x)[at])) * kPrime;
+    }
+  }
+  return static_cast<int64_t>(hash);
+}
+
+// ------------------------------------------------------------------------------------------------------------ encoder
+
+// Arguments of the encoder and the memory that they point into.
+struct Encoder {
+  albert_encoder_args args{};
+  std::vector<albert_encoder_layer> layers;
+  Vectors vectors;
+  std::vector<int64_t> layer_of_pass;
+
+  // parameters: 16 a layer (albert_fast/ops/encoder.py); packed: 4 a layer, or with the transposes 8; kept: none, the
+  // first, all but the last, or all of albert_encoder_kept.
+  Encoder(const Tensor& hidden, const Tensors& parameters, const Tensors& packed, const Tensor& cu_seqlens,
+          std::vector<int64_t> passes, int64_t heads, int64_t activation, double eps, double hidden_dropout_p,
+          double attention_dropout_p, int64_t seed, const OptionalTensor& bias, const Tensors& kept)
+      : layers(parameters.size() / 16), vectors(parameters), layer_of_pass(std::move(passes)) {
+    albert_encoder_args& a = args;
+    a.dtype = dtype_code(hidden);
+    a.hidden = parameters[0].size(0);
+    a.inner = parameters[10].size(0);
+    a.tokens = hidden.size(hidden.dim() - 2);
+    a.heads = heads;
+    a.batch = cu_seqlens.numel() - 1;
+    a.cu_seqlens = data<const int32_t>(cu_seqlens);
+    a.passes = static_cast<int>(layer_of_pass.size());
+    a.layer_of_pass = layer_of_pass.data();
+    a.layer_count = static_cast<int>(layers.size());
+    a.activation = static_cast<int>(activation);
+    a.eps = static_cast<float>(eps);
+    a.hidden_dropout_p = hidden_dropout_p;
+    a.attention_dropout_p = attention_dropout_p;
+    a.seed = static_cast<uint64_t>(seed);
+    if (bias.has_value()) {
+      a.bias = data(bias);
+      a.bias_dtype = dtype_code(*bias);
+      a.bias_batch_stride = bias->stride(0);
+      a.bias_head_stride = bias->stride(1);
+      a.bias_query_stride = bias->stride(2);
+    }
+    const auto kept_at = [&](size_t i) { return i < kept.size() ? data(kept[i]) : nullptr; };
+    a.kept = {kept_at(0), kept_at(1), kept_at(2), static_cast<float*>(kept_at(3)), kept_at(4), kept_at(5), kept_at(6)};
+    fill_layers(packed);
+    a.layers = layers.data();
+  }
+
+  void fill_layers(const Tensors& packed) {
+    const size_t each = packed.size() / layers.size();
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const Tensor* w = &packed[i * each];
+      albert_encoder_layer& layer = layers[i];
+      layer.qkv = data(w[0]);
+      layer.dense = data(w[1]);
+      layer.ffn = data(w[2]);
+      layer.ffn_output = data(w[3]);
+      if (each == 8) {
+        layer.qkv_transposed = data(w[4]);
+        layer.dense_transposed = data(w[5]);
+        layer.ffn_transposed = data(w[6]);
+        layer.ffn_output_transposed = data(w[7]);
+      }
+      layer.qkv_bias = vectors.next(3 * args.hidden);
+      layer.dense_bias = vectors.next(args.hidden);
+      layer.attention_norm_weight = vectors.next(args.hidden);
+      layer.attention_norm_bias = vectors.next(args.hidden);
+      layer.ffn_bias = vectors.next(args.inner);
+      layer.ffn_output_bias = vectors.next(args.hidden);
+      layer.norm_weight = vectors.next(args.hidden);
+      layer.norm_bias = vectors.next(args.hidden);
+    }
+  }
+};
+
+// output: [tokens, hidden] or [passes + 1, tokens, hidden].
+void encoder(Tensor hidden, Tensors parameters, Tensors packed, Tensor cu_seqlens, std::vector<int64_t> layer_of_pass,
+             int64_t heads, int64_t activation, double eps, double hidden_dropout_p, double attention_dropout_p,
+             int64_t seed, OptionalTensor bias, Tensors kept, Tensor output) {
+  Encoder e(hidden, parameters, packed, cu_seqlens, std::move(layer_of_pass), heads, activation, eps, hidden_dropout_p,
+            attention_dropout_p, seed, bias, kept);
+  e.args.input = data(hidden);
+  e.args.output = data(output);
+  e.args.all_states = output.dim() == 3;
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_encoder_workspace_bytes(&e.args, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_encoder(&e.args, workspace.data(), bytes, &parallel), "encoder");
+}
+
+// gradients: 12 a layer, float32 and added to, as albert_encoder_layer_gradients has them.
+void encoder_backward(Tensor grad_output, Tensors parameters, Tensors packed, Tensor cu_seqlens,
+                      std::vector<int64_t> layer_of_pass, int64_t heads, int64_t activation, double eps,
+                      double hidden_dropout_p, double attention_dropout_p, int64_t seed, OptionalTensor bias,
+                      Tensors kept, Tensor grad_hidden, Tensors gradients) {
+  Encoder e(grad_output, parameters, packed, cu_seqlens, std::move(layer_of_pass), heads, activation, eps,
+            hidden_dropout_p, attention_dropout_p, seed, bias, kept);
+  e.args.all_states = grad_output.dim() == 3;
+  std::vector<albert_encoder_layer_gradients> layers(e.layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto at = [&](size_t j) { return data<float>(gradients[i * 12 + j]); };
+    layers[i] = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11)};
+  }
+  const albert_encoder_gradients g{data(grad_output), data(grad_hidden), layers.data()};
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_encoder_backward_workspace_bytes(&e.args, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_encoder_backward(&e.args, &g, workspace.data(), bytes, &parallel), "encoder_backward");
+}
+
+// ---------------------------------------------------------------------------------------------------------- attention
+
+albert_attention_args attention_args(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, bool causal,
+                                     double dropout_p, int64_t seed, int64_t site, double scale,
+                                     const OptionalTensor& bias, const Tensor& output, float* logsumexp) {
+  albert_attention_args a{};
+  a.dtype = dtype_code(query);
+  a.batch = cu_seqlens_q.numel() - 1;
+  a.heads = query.size(1);
+  a.head_dim = query.size(2);
+  a.tokens_q = query.size(0);
+  a.tokens_k = key.size(0);
+  a.query = data(query);
+  a.query_token_stride = query.stride(0);
+  a.query_head_stride = query.stride(1);
+  a.key = data(key);
+  a.key_token_stride = key.stride(0);
+  a.key_head_stride = key.stride(1);
+  a.value = data(value);
+  a.value_token_stride = value.stride(0);
+  a.value_head_stride = value.stride(1);
+  a.cu_seqlens_q = data<const int32_t>(cu_seqlens_q);
+  a.cu_seqlens_k = data<const int32_t>(cu_seqlens_k);
+  a.causal = causal;
+  a.scale = static_cast<float>(scale);
+  if (bias.has_value()) {
+    a.bias = data(bias);
+    a.bias_dtype = dtype_code(*bias);
+    a.bias_batch_stride = bias->stride(0);
+    a.bias_head_stride = bias->stride(1);
+    a.bias_query_stride = bias->stride(2);
+  }
+  a.dropout_p = dropout_p;
+  a.seed = static_cast<uint64_t>(seed);
+  a.site = static_cast<uint32_t>(site);
+  a.output = data(output);
+  a.output_stride = a.heads * a.head_dim;
+  a.logsumexp = logsumexp;
+  return a;
+}
+
+void attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal,
+               double dropout_p, int64_t seed, int64_t site, double scale, OptionalTensor bias, Tensor output,
+               Tensor logsumexp) {
+  const albert_attention_args a = attention_args(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed,
+                                                 site, scale, bias, output, data<float>(logsumexp));
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_attention_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_attention(&a, workspace.data(), bytes, &parallel), "attention");
+}
+
+void attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,
+                        Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, double dropout_p, int64_t seed,
+                        int64_t site, double scale, OptionalTensor bias, Tensor grad_query, Tensor grad_key,
+                        Tensor grad_value) {
+  const albert_attention_args a = attention_args(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed,
+                                                 site, scale, bias, output, data<float>(logsumexp));
+  const int64_t width = a.heads * a.head_dim;
+  const albert_attention_gradients g{data(grad_output), width, data(grad_query), width, a.head_dim, data(grad_key),
+                                     width, a.head_dim, data(grad_value), width, a.head_dim};
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_attention_backward_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_attention_backward(&a, &g, workspace.data(), bytes, &parallel), "attention_backward");
+}
+
+// -------------------------------------------------------------------------------------------------- between products
+
+albert_dropout dropout_args(double p, int64_t seed, int64_t site, const OptionalTensor& cu_seqlens) {
+  return {p, static_cast<uint64_t>(seed), static_cast<uint32_t>(site), data<const int32_t>(cu_seqlens),
+          cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : 0};
+}
+
+albert_layer_norm_args layer_norm_args(const Tensor& x, const Tensor& residual, double eps, double dropout_p,
+                                       int64_t seed, int64_t site, const OptionalTensor& cu_seqlens) {
+  albert_layer_norm_args a{};
+  a.m = x.size(0);
+  a.n = x.size(1);
+  a.x = data(x);
+  a.x_stride = x.stride(0);
+  a.x_dtype = dtype_code(x);
+  a.residual = data(residual);
+  a.residual_stride = residual.stride(0);
+  a.residual_dtype = dtype_code(residual);
+  a.eps = static_cast<float>(eps);
+  a.dropout = dropout_args(dropout_p, seed, site, cu_seqlens);
+  return a;
+}
+
+void dropout_add_layer_norm(Tensor x, Tensor bias, Tensor residual, Tensor weight, Tensor ln_bias, double eps,
+                            double dropout_p, int64_t seed, int64_t site, OptionalTensor cu_seqlens, Tensor y) {
+  albert_layer_norm_args a = layer_norm_args(x, residual, eps, dropout_p, seed, site, cu_seqlens);
+  Vectors vectors({bias, weight, ln_bias});
+  a.bias = vectors.next(a.n);
+  a.weight = vectors.next(a.n);
+  a.ln_bias = vectors.next(a.n);
+  a.y = data(y);
+  a.y_stride = a.n;
+  const albert_parallel parallel = threads();
+  check(albert_dropout_add_layer_norm(&a, &parallel), "dropout_add_layer_norm");
+}
+
+// The gradients of vectors are float32 and added to.
+void dropout_add_layer_norm_backward(Tensor grad_output, Tensor x, Tensor bias, Tensor residual, Tensor weight,
+                                     double eps, double dropout_p, int64_t seed, int64_t site,
+                                     OptionalTensor cu_seqlens, Tensor grad_x, Tensor grad_residual, Tensor grad_bias,
+                                     Tensor grad_weight, Tensor grad_ln_bias) {
+  albert_layer_norm_args a = layer_norm_args(x, residual, eps, dropout_p, seed, site, cu_seqlens);
+  Vectors vectors({bias, weight});
+  a.bias = vectors.next(a.n);
+  a.weight = vectors.next(a.n);
+  a.grad_y = data(grad_output);
+  a.grad_x = data(grad_x);
+  a.grad_residual = data(grad_residual);
+  a.grad_y_stride = a.grad_x_stride = a.grad_residual_stride = a.n;
+  a.grad_bias = data<float>(grad_bias);
+  a.grad_weight = data<float>(grad_weight);
+  a.grad_ln_bias = data<float>(grad_ln_bias);
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_layer_norm_backward_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_layer_norm_backward(&a, workspace.data(), bytes, &parallel), "dropout_add_layer_norm_backward");
+}
+
+albert_bias_gelu_args bias_gelu_args(const Tensor& x, int64_t activation) {
+  albert_bias_gelu_args a{};
+  a.m = x.size(0);
+  a.n = x.size(1);
+  a.x = data(x);
+  a.x_stride = a.y_stride = a.grad_y_stride = a.grad_x_stride = a.n;
+  a.dtype = dtype_code(x);
+  a.activation = static_cast<int>(activation);
+  return a;
+}
+
+void bias_gelu(Tensor x, Tensor bias, int64_t activation, Tensor y) {
+  albert_bias_gelu_args a = bias_gelu_args(x, activation);
+  Vectors vectors({bias});
+  a.bias = vectors.next(a.n);
+  a.y = data(y);
+  const albert_parallel parallel = threads();
+  check(albert_bias_gelu(&a, &parallel), "bias_gelu");
+}
+
+void bias_gelu_backward(Tensor grad_output, Tensor x, Tensor bias, int64_t activation, Tensor grad_x,
+                        Tensor grad_bias) {
+  albert_bias_gelu_args a = bias_gelu_args(x, activation);
+  Vectors vectors({bias});
+  a.bias = vectors.next(a.n);
+  a.grad_y = data(grad_output);
+  a.grad_x = data(grad_x);
+  a.grad_bias = data<float>(grad_bias);
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_bias_gelu_backward_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_bias_gelu_backward(&a, workspace.data(), bytes, &parallel), "bias_gelu_backward");
+}
+
+// --------------------------------------------------------------------------------------------------------- embeddings
+
+bool holds_floats(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() != ScalarType::Long && x.scalar_type() != ScalarType::Int;
+}
+
+albert_embedding embedding(const Tensor* ids, const Tensor& table) {
+  albert_embedding e{};
+  if (ids != nullptr) {
+    e.ids = data(*ids);
+    e.id_bytes = ids->scalar_type() == torch::headeronly::ScalarType::Long ? 8 : 4;
+  }
+  e.table = data(table);
+  e.rows = table.size(0);
+  e.stride = table.stride(0);
+  return e;
+}
+
+albert_embed_args embed_args(const Tensor& inputs, const Tensor& position_ids, const Tensor& token_type_ids,
+                             const Tensor& word, const Tensor& position, const Tensor& token_type, double eps,
+                             double dropout_p, int64_t seed, int64_t site, const OptionalTensor& cu_seqlens) {
+  albert_embed_args a{};
+  a.tokens = inputs.size(0);
+  a.size = word.size(1);
+  a.dtype = dtype_code(word);
+  a.word = embedding(holds_floats(inputs) ? nullptr : &inputs, word);
+  a.position = embedding(&position_ids, position);
+  a.token_type = embedding(&token_type_ids, token_type);
+  if (holds_floats(inputs)) {
+    a.inputs = data(inputs);
+    a.inputs_stride = inputs.stride(0);
+  }
+  a.eps = static_cast<float>(eps);
+  a.dropout = dropout_args(dropout_p, seed, site, cu_seqlens);
+  a.y_stride = a.grad_y_stride = a.grad_inputs_stride = a.size;
+  return a;
+}
+
+void embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position,
+                      Tensor token_type, Tensor weight, Tensor bias, double eps, double dropout_p, int64_t seed,
+                      int64_t site, OptionalTensor cu_seqlens, Tensor y) {
+  albert_embed_args a = embed_args(inputs, position_ids, token_type_ids, word, position, token_type, eps, dropout_p,
+                                   seed, site, cu_seqlens);
+  Vectors vectors({weight, bias});
+  a.weight = vectors.next(a.size);
+  a.bias = vectors.next(a.size);
+  a.y = data(y);
+  const albert_parallel parallel = threads();
+  check(albert_embed_layer_norm(&a, &parallel), "embed_layer_norm");
+}
+
+// The gradients of tables and vectors are float32 and added to; grad_inputs has elements only where inputs are vectors.
+void embed_layer_norm_backward(Tensor grad_output, Tensor inputs, Tensor position_ids, Tensor token_type_ids,
+                               Tensor word, Tensor position, Tensor token_type, Tensor weight, double eps,
+                               double dropout_p, int64_t seed, int64_t site, OptionalTensor cu_seqlens,
+                               int64_t padding_idx, Tensor grad_inputs, Tensor grad_word, Tensor grad_position,
+                               Tensor grad_token_type, Tensor grad_weight, Tensor grad_bias) {
+  albert_embed_args a = embed_args(inputs, position_ids, token_type_ids, word, position, token_type, eps, dropout_p,
+                                   seed, site, cu_seqlens);
+  Vectors vectors({weight});
+  a.weight = vectors.next(a.size);
+  a.grad_y = data(grad_output);
+  if (holds_floats(inputs))
+    a.grad_inputs = data(grad_inputs);
+  else
+    a.word.gradient = data<float>(grad_word);
+  a.position.gradient = data<float>(grad_position);
+  a.token_type.gradient = data<float>(grad_token_type);
+  a.word.gradient_stride = a.position.gradient_stride = a.token_type.gradient_stride = a.size;
+  a.grad_weight = data<float>(grad_weight);
+  a.grad_bias = data<float>(grad_bias);
+  a.padding_idx = padding_idx;
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_embed_layer_norm_backward_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_embed_layer_norm_backward(&a, workspace.data(), bytes, &parallel), "embed_layer_norm_backward");
+}
+
+// --------------------------------------------------------------------------------------------------------------- loss
+
+albert_masked_lm_loss_args loss_args(const Tensor& x, const Tensor& table, const Tensor& labels, int64_t ignore_index,
+                                     double label_smoothing, double z_loss) {
+  albert_masked_lm_loss_args a{};
+  a.dtype = dtype_code(x);
+  a.tokens = x.size(0);
+  a.size = x.size(1);
+  a.vocabulary = table.size(0);
+  a.x = data(x);
+  a.x_stride = x.stride(0);
+  a.table = data(table);
+  a.table_stride = table.stride(0);
+  a.labels = data<const int64_t>(labels);
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.z_loss = z_loss;
+  return a;
+}
+
+void masked_lm_loss(Tensor x, Tensor table, Tensor bias, Tensor labels, int64_t ignore_index, double label_smoothing,
+                    double z_loss, Tensor loss, Tensor logsumexp, Tensor correct) {
+  albert_masked_lm_loss_args a = loss_args(x, table, labels, ignore_index, label_smoothing, z_loss);
+  Vectors vectors({bias});
+  a.bias = vectors.next(a.vocabulary);
+  a.loss = data<float>(loss);
+  a.logsumexp = data<float>(logsumexp);
+  a.correct = data<uint8_t>(correct);
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_masked_lm_loss_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_masked_lm_loss(&a, workspace.data(), bytes, &parallel), "masked_lm_loss");
+}
+
+// The gradients of table and bias are float32 and added to.
+void masked_lm_loss_backward(Tensor grad_loss, Tensor x, Tensor table, Tensor bias, Tensor labels, Tensor logsumexp,
+                             int64_t ignore_index, double label_smoothing, double z_loss, Tensor grad_x,
+                             Tensor grad_table, Tensor grad_bias) {
+  albert_masked_lm_loss_args a = loss_args(x, table, labels, ignore_index, label_smoothing, z_loss);
+  Vectors vectors({bias});
+  a.bias = vectors.next(a.vocabulary);
+  a.logsumexp = data<float>(logsumexp);
+  a.grad_loss = data<const float>(grad_loss);
+  a.grad_x = data(grad_x);
+  a.grad_x_stride = a.grad_table_stride = a.size;
+  a.grad_table = data<float>(grad_table);
+  a.grad_bias = data<float>(grad_bias);
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_masked_lm_loss_backward_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_masked_lm_loss_backward(&a, workspace.data(), bytes, &parallel), "masked_lm_loss_backward");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(albert_fast_native, m) {
+  m.def("isa() -> str");
+  m.def("packed_bytes(int dtype, int n, int k) -> int");
+  m.def("advise(Tensor memory) -> ()");
+  m.def("pack(Tensor weight, int dtype, Tensor(a!) packed) -> ()");
+  m.def("fingerprint(Tensor[] matrices) -> int");
+  m.def(
+      "encoder(Tensor hidden, Tensor[] parameters, Tensor[] packed, Tensor cu_seqlens, int[] layer_of_pass, int heads, "
+      "int activation, float eps, float hidden_dropout_p, float attention_dropout_p, int seed, Tensor? bias, "
+      "Tensor(a!)[] kept, Tensor(b!) output) -> ()");
+  m.def(
+      "encoder_backward(Tensor grad_output, Tensor[] parameters, Tensor[] packed, Tensor cu_seqlens, "
+      "int[] layer_of_pass, int heads, int activation, float eps, float hidden_dropout_p, float attention_dropout_p, "
+      "int seed, Tensor? bias, Tensor[] kept, Tensor(a!) grad_hidden, Tensor(b!)[] gradients) -> ()");
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, "
+      "float dropout_p, int seed, int site, float scale, Tensor? bias, Tensor(a!) output, Tensor(b!) logsumexp) -> ()");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float dropout_p, int seed, int site, float scale, "
+      "Tensor? bias, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()");
+  m.def(
+      "dropout_add_layer_norm(Tensor x, Tensor bias, Tensor residual, Tensor weight, Tensor ln_bias, float eps, "
+      "float dropout_p, int seed, int site, Tensor? cu_seqlens, Tensor(a!) y) -> ()");
+  m.def(
+      "dropout_add_layer_norm_backward(Tensor grad_output, Tensor x, Tensor bias, Tensor residual, Tensor weight, "
+      "float eps, float dropout_p, int seed, int site, Tensor? cu_seqlens, Tensor(a!) grad_x, "
+      "Tensor(b!) grad_residual, Tensor(c!) grad_bias, Tensor(d!) grad_weight, Tensor(e!) grad_ln_bias) -> ()");
+  m.def("bias_gelu(Tensor x, Tensor bias, int activation, Tensor(a!) y) -> ()");
+  m.def(
+      "bias_gelu_backward(Tensor grad_output, Tensor x, Tensor bias, int activation, Tensor(a!) grad_x, "
+      "Tensor(b!) grad_bias) -> ()");
+  m.def(
+      "embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position, "
+      "Tensor token_type, Tensor weight, Tensor bias, float eps, float dropout_p, int seed, int site, "
+      "Tensor? cu_seqlens, Tensor(a!) y) -> ()");
+  m.def(
+      "embed_layer_norm_backward(Tensor grad_output, Tensor inputs, Tensor position_ids, Tensor token_type_ids, "
+      "Tensor word, Tensor position, Tensor token_type, Tensor weight, float eps, float dropout_p, int seed, int site, "
+      "Tensor? cu_seqlens, int padding_idx, Tensor(a!) grad_inputs, Tensor(b!) grad_word, Tensor(c!) grad_position, "
+      "Tensor(d!) grad_token_type, Tensor(e!) grad_weight, Tensor(f!) grad_bias) -> ()");
+  m.def(
+      "masked_lm_loss(Tensor x, Tensor table, Tensor bias, Tensor labels, int ignore_index, float label_smoothing, "
+      "float z_loss, Tensor(a!) loss, Tensor(b!) logsumexp, Tensor(c!) correct) -> ()");
+  m.def(
+      "masked_lm_loss_backward(Tensor grad_loss, Tensor x, Tensor table, Tensor bias, Tensor labels, Tensor logsumexp, "
+      "int ignore_index, float label_smoothing, float z_loss, Tensor(a!) grad_x, Tensor(b!) grad_table, "
+      "Tensor(c!) grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CPU, m) {
+  m.impl("advise", TORCH_BOX(&advise));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
+  m.impl("encoder", TORCH_BOX(&encoder));
+  m.impl("encoder_backward", TORCH_BOX(&encoder_backward));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("dropout_add_layer_norm", TORCH_BOX(&dropout_add_layer_norm));
+  m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&dropout_add_layer_norm_backward));
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+  m.impl("embed_layer_norm", TORCH_BOX(&embed_layer_norm));
+  m.impl("embed_layer_norm_backward", TORCH_BOX(&embed_layer_norm_backward));
+  m.impl("masked_lm_loss", TORCH_BOX(&masked_lm_loss));
+  m.impl("masked_lm_loss_backward", TORCH_BOX(&masked_lm_loss_backward));
+}

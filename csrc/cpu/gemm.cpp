@@ -1,0 +1,192 @@
+// y = epilogue(x . weight^T). Each task has a rectangle of y. It packs a chunk of rows of x, which then stays in L2
+// while the weight's panels pass by: each panel is read from L3 once a chunk, and from L2 once for each of its blocks.
+// Compiled once per instruction set.
+#include "gemm_epilogue.h"
+#include "gemm_kernels.h"
+#include "gemm_tiling.h"
+#include "layer_norm.h"
+#include "pack_rows.h"
+
+namespace albert::ALBERT_ISA {
+namespace {
+
+struct Plan {
+  const PackedWeight& weight;
+  Grid grid;
+  int64_t rows;                     // in a chunk
+  size_t packed, quantized, sums;   // bytes of a task's workspace for each
+  size_t shared_sums;               // LayerNorm over rows that several tasks share: one [m][n] for all
+  size_t task_bytes() const { return packed + quantized + sums; }
+  size_t bytes() const { return task_bytes() * grid.rows * grid.panels + shared_sums; }
+};
+
+bool norm_in_scratch(const albert_gemm_args& args) { return args.ln_weight != nullptr && args.y_dtype == ALBERT_BF16; }
+
+Plan make_plan(const albert_gemm_args& args, int threads) {
+  const auto& w = *static_cast<const PackedWeight*>(args.weight);
+  Plan plan{w, choose_grid(threads, args.m, w.panels()), 0, 0, 0, 0, 0};
+  plan.rows = smaller(chunk_rows(w.steps), divide_up(args.m, plan.grid.rows));
+  plan.packed = static_cast<size_t>(plan.rows * w.steps * 4);
+  plan.packed = round_up(plan.packed, kCacheLine);
+  if (w.dtype == ALBERT_INT8) plan.quantized = round_up(static_cast<size_t>(plan.rows * 8 + w.k), kCacheLine);
+  if (norm_in_scratch(args))
+    (plan.grid.panels == 1 ? plan.sums : plan.shared_sums) =
+        round_up(static_cast<size_t>((plan.grid.panels == 1 ? plan.rows : args.m) * w.n) * sizeof(float), kCacheLine);
+  return plan;
+}
+
+// A task's share of the workspace.
+struct Scratch {
+  char* packed;
+  float* x_scale;
+  int32_t* x_zero;
+  uint8_t* buffer;
+  float* sums;
+  Scratch(const Plan& plan, char* base)
+      : packed(base),
+        x_scale(reinterpret_cast<float*>(base + plan.packed)),
+        x_zero(reinterpret_cast<int32_t*>(x_scale + plan.rows)),
+        buffer(reinterpret_cast<uint8_t*>(x_zero + plan.rows)),
+        sums(reinterpret_cast<float*>(base + plan.packed + plan.quantized)) {}
+};
+
+// What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
+struct Chunk {
+  int64_t first, rows, panel_begin, panel_end;
+  int64_t blocks() const { return divide_up(rows, kMaxRows); }
+  int64_t block_begin(int64_t b) const { return part_begin(rows, blocks(), b); }  // counted from `first`
+  int block_rows(int64_t b) const { return static_cast<int>(block_begin(b + 1) - block_begin(b)); }
+};
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride, first;  // first: the row that data points to
+  T* row(int64_t i) const { return data + (i - first) * stride; }
+};
+
+// Block [begin, begin + count) of a chunk whose first row is x's row `first`.
+void pack(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s, int64_t first, int64_t begin,
+          int count) {
+  const int64_t row = first + begin;
+  char* out = s.packed + begin * w.steps * 4;
+  const auto convert = [&](auto x) {
+    x += row * args.x_stride;
+    if (w.dtype == ALBERT_INT8)
+      pack_quantized_block(w.unit, x, args.x_stride, count, w.k, out, s.buffer, s.x_scale + begin, s.x_zero + begin);
+    else
+      pack_block(w.unit, x, args.x_stride, count, w.k, out);
+  };
+  if (args.x_dtype == ALBERT_BF16) return convert(static_cast<const bf16*>(args.x));
+  if (args.x_dtype == ALBERT_F32) return convert(static_cast<const float*>(args.x));
+  for (int i = 0; i < count; ++i) {
+    s.x_scale[begin + i] = args.x_scale[row + i];
+    s.x_zero[begin + i] = args.x_zero[row + i];
+    row_units(w.unit, static_cast<const uint8_t*>(args.x) + (row + i) * args.x_stride, w.k, out + i * 64, count * 64);
+  }
+}
+
+// A block of packed rows times one panel, into the tile.
+void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x, const char* panel, float* tile) {
+  int64_t step = 0;
+  do {  // once even if k == 0: the tile must be zeroed
+    const int64_t steps = smaller(kStepsPerSum, w.steps - step);
+    kernel(x + step * rows * 4, panel + step * kPanel * 4, steps, tile, step > 0);
+    step += steps;
+  } while (step < w.steps);
+}
+
+// t gets everything up to LayerNorm. Y is y's format.
+template <class Y, class T>
+void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const KernelTable& kernels, const Scratch& s,
+               const Chunk& chunk, const Rows<T>& t) {
+  alignas(64) float tile[kMaxRows * kPanel];
+  const int64_t group = panel_group(w.steps);
+  for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += group)
+    for (int64_t b = 0; b < chunk.blocks(); ++b) {
+      const int64_t begin = chunk.block_begin(b), row = chunk.first + begin;
+      const int rows = chunk.block_rows(b);
+      if (g == chunk.panel_begin) pack(args, w, s, chunk.first, begin, rows);
+      for (int64_t p = g; p < smaller(g + group, chunk.panel_end); ++p) {
+        const int64_t column = p * kPanel;
+        const int columns = static_cast<int>(smaller(kPanel, w.n - column));
+        T* out = t.row(row) + column;
+        constexpr int per_line = 64 / sizeof(T);
+        for (int r = 0; r < rows; ++r)  // t's lines arrive while the tile is computed
+          for (int c = 0; c < columns; c += per_line) __builtin_prefetch(out + r * t.stride + c, 1);
+        multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile);
+        const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
+        if (w.dtype == ALBERT_INT8)
+          dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
+                     bias, columns);
+        else if (bias != nullptr)
+          add_bias(tile, rows, bias, columns);
+        finish_tile<Y>(args, tile, rows, columns, row, column, out, t.stride);
+      }
+    }
+}
+
+template <class Y>
+void normalize(const albert_gemm_args& args, int64_t n, int64_t begin, int64_t end, const Rows<float>& t) {
+  const LayerNorm norm{args.ln_weight, args.ln_bias, args.ln_eps, args.ln_mean, args.ln_rstd};
+  const Rows<Y> y{static_cast<Y*>(args.y), args.y_stride, 0};
+  const Rows<Y> copy{static_cast<Y*>(args.pre_norm), args.pre_norm_stride, 0};
+  const bool copied = args.pre_norm == nullptr || args.pre_norm == t.data;
+  for (int64_t i = begin; i < end; ++i) layer_norm_row(norm, t.row(i), y.row(i), copied ? nullptr : copy.row(i), i, n);
+}
+
+template <class Y>
+void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const albert_parallel* parallel) {
+  const PackedWeight& w = plan.weight;
+  const Grid grid = plan.grid;
+  const int tasks = grid.rows * grid.panels;
+  const bool norm = args.ln_weight != nullptr, whole_rows = grid.panels == 1;
+  const KernelTable kernels(w.unit, RowLayout::lines);
+  float* shared = reinterpret_cast<float*>(workspace + plan.task_bytes() * tasks);
+  // What LayerNorm reads: float32 scratch, or where y's format is float32, pre_norm or y itself.
+  const auto before_norm = [&](float* own, int64_t first) -> Rows<float> {
+    if (norm_in_scratch(args)) return whole_rows ? Rows<float>{own, w.n, first} : Rows<float>{shared, w.n, 0};
+    if (args.pre_norm != nullptr) return {static_cast<float*>(args.pre_norm), args.pre_norm_stride, 0};
+    return {static_cast<float*>(args.y), args.y_stride, 0};
+  };
+
+  auto task = [&](int index) {
+    const Scratch s(plan, workspace + plan.task_bytes() * index);
+    const int i = index / grid.panels, j = index % grid.panels;
+    const int64_t begin = part_begin(args.m, grid.rows, i), rows = part_begin(args.m, grid.rows, i + 1) - begin;
+    const int64_t chunks = divide_up(rows, plan.rows);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = part_begin(rows, chunks, c), end = part_begin(rows, chunks, c + 1);
+      const Chunk chunk{begin + first, end - first, part_begin(w.panels(), grid.panels, j),
+                        part_begin(w.panels(), grid.panels, j + 1)};
+      if (norm) {
+        const Rows<float> t = before_norm(s.sums, chunk.first);
+        run_chunk<Y>(args, w, kernels, s, chunk, t);
+        if (whole_rows) normalize<Y>(args, w.n, begin + first, begin + end, t);  // while they are in cache
+      } else {
+        run_chunk<Y>(args, w, kernels, s, chunk, Rows<Y>{static_cast<Y*>(args.y), args.y_stride, 0});
+      }
+    }
+  };
+  parallel_tasks(parallel, tasks, task);
+
+  if (!norm || whole_rows) return;
+  auto norm_task = [&](int i) {
+    normalize<Y>(args, w.n, part_begin(args.m, tasks, i), part_begin(args.m, tasks, i + 1), before_norm(nullptr, 0));
+  };
+  parallel_tasks(parallel, tasks, norm_task);
+}
+
+}  // namespace
+
+size_t gemm_workspace_bytes(const albert_gemm_args& args, int threads) { return make_plan(args, threads).bytes(); }
+
+void gemm(const albert_gemm_args& args, char* workspace, const albert_parallel* parallel) {
+  const Plan plan = make_plan(args, thread_count(parallel));
+  if (args.y_dtype == ALBERT_BF16)
+    run<bf16>(args, plan, workspace, parallel);
+  else
+    run<float>(args, plan, workspace, parallel);
+}
+
+}  // namespace albert::ALBERT_ISA

@@ -1,0 +1,126 @@
+// The micro-kernels of one instruction set: compiled once per instruction set (isa.h). The avx512_vnni and avx512_bf16
+// compilations hold only what those extensions add.
+#include "gemm_micro.h"
+
+#include "vec.h"
+
+namespace albert::ALBERT_ISA {
+namespace {
+
+constexpr int kColumns = kPanel / kLanes;  // registers across a tile
+constexpr int kAhead = 16;  // steps: past the end lies the next panel, whose beginning no hardware prefetcher foresees
+
+struct DotF32 {
+  using Sum = F;
+  static ALBERT_INLINE F dot(F sum, I row, I column) { return fma(from_bits(row), from_bits(column), sum); }
+};
+
+// Exact: a 16-bit product and the sum of two of them fit 32 bits for operands that came from 8.
+struct DotS16 {
+  using Sum = I;
+  static ALBERT_INLINE I dot(I sum, I row, I column) {
+    sum = add(sum, madd16(row, column));
+    asm volatile("" : "+v"(sum));  // one product at a time: GCC would compute all, then spill
+    return sum;
+  }
+};
+
+#ifdef __AVX512VNNI__
+struct DotU8S8 {
+  using Sum = I;
+  static ALBERT_INLINE I dot(I sum, I row, I column) { return _mm512_dpbusd_epi32(sum, row, column); }
+};
+#endif
+
+#ifdef __AVX512BF16__
+struct DotBf16 {
+  using Sum = F;
+  static ALBERT_INLINE F dot(F sum, I row, I column) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(column));
+  }
+};
+#endif
+
+ALBERT_INLINE F none(F) { return zero(); }
+ALBERT_INLINE I none(I) { return set(0); }
+ALBERT_INLINE F load_sum(const F*, const void* p) { return load(static_cast<const float*>(p)); }
+ALBERT_INLINE I load_sum(const I*, const void* p) { return load(static_cast<const int*>(p)); }
+ALBERT_INLINE void store_sum(void* p, F x) { store(static_cast<float*>(p), x); }
+ALBERT_INLINE void store_sum(void* p, I x) { store(static_cast<int*>(p), x); }
+
+template <class Dot, RowLayout layout, int rows>
+void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate) {
+  using Sum = typename Dot::Sum;
+  constexpr int unroll = 4;
+  constexpr long row_stride = layout == RowLayout::lines ? kLine : 1;
+  constexpr long step_stride = layout == RowLayout::lines ? 1 : rows;
+  const int* a = static_cast<const int*>(row_units);
+  const int* b = static_cast<const int*>(panel);
+  Sum sums[rows][kColumns];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = none(Sum());
+
+  for (; steps > 0; steps -= kLine) {
+    for (int part = 0; part < kLine / unroll; ++part) {
+#pragma GCC unroll 4
+      for (int s = 0; s < unroll; ++s) {
+        I column[kColumns];
+#pragma GCC unroll 2
+        for (int c = 0; c < kColumns; ++c) {
+          column[c] = load(b + s * kPanel + c * kLanes);
+          _mm_prefetch(reinterpret_cast<const char*>(b + (s + kAhead) * kPanel + c * kLanes), _MM_HINT_T0);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const I row = set(a[r * row_stride + s * step_stride]);
+#pragma GCC unroll 2
+          for (int c = 0; c < kColumns; ++c) sums[r][c] = Dot::dot(sums[r][c], row, column[c]);
+        }
+      }
+      a += unroll * step_stride;
+      b += unroll * kPanel;
+    }
+    if (layout == RowLayout::lines) a += kLine * (rows - 1);
+  }
+
+  int* out = static_cast<int*>(tile);
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) {
+      int* p = out + r * kPanel + c * kLanes;
+      store_sum(p, accumulate ? add(load_sum(static_cast<const Sum*>(nullptr), p), sums[r][c]) : sums[r][c]);
+    }
+}
+
+template <class Dot, RowLayout layout, int rows>
+MicroKernel pick(int wanted) {
+  if constexpr (rows == 0)
+    return nullptr;
+  else
+    return wanted == rows ? tile_kernel<Dot, layout, rows> : pick<Dot, layout, rows - 1>(wanted);
+}
+
+template <class Dot>
+MicroKernel pick_layout(RowLayout layout, int rows) {
+  return layout == RowLayout::lines ? pick<Dot, RowLayout::lines, kMaxRows>(rows)
+                                    : pick<Dot, RowLayout::steps, kMaxRows>(rows);
+}
+
+}  // namespace
+
+MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows) {
+#if defined(__AVX512BF16__)
+  if (unit == Unit::bf16x2) return pick_layout<DotBf16>(layout, rows);
+#elif defined(__AVX512VNNI__)
+  if (unit == Unit::u8s8x4 && layout == RowLayout::lines) return pick<DotU8S8, RowLayout::lines, kMaxRows>(rows);
+#else
+  if (unit == Unit::f32) return pick_layout<DotF32>(layout, rows);
+  if (unit == Unit::s16x2 && layout == RowLayout::lines) return pick<DotS16, RowLayout::lines, kMaxRows>(rows);
+#endif
+  return nullptr;
+}
+
+}  // namespace albert::ALBERT_ISA

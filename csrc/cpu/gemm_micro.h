@@ -1,0 +1,41 @@
+// The micro-kernels: one tile of at most kMaxRows rows by kPanel columns, its sums held in registers.
+//
+// All number formats share one shape, because every dot instruction takes 4 bytes a lane: a *unit* is 4 bytes along
+// the reduction (1 float32, 2 bfloat16 or int16, 4 int8), and a *step* multiplies one unit of each row with one unit
+// of each column. The columns' operand (a weight's panel) lies as [step][kPanel] units. The rows' operand comes in
+// two layouts, each of which its source can be copied into without a transposition:
+//   lines  [steps/16][row][16 units]: from a matrix that is contiguous along the reduction (activations, forward);
+//          one cache line a row, and no two rows compete for a cache set whatever the source's row stride is
+//   steps  [step][row]: from one that is contiguous along the rows (both operands of a weight gradient)
+// The number of steps is always a multiple of kLine; whoever packs fills up with zeros.
+#pragma once
+
+namespace albert {
+
+constexpr int kLine = 16;  // units in a cache line
+
+enum class Unit : int { f32 = 0, bf16x2 = 1, s16x2 = 2, u8s8x4 = 3 };
+enum class RowLayout : int { lines, steps };
+
+// tile[row][kPanel] (float32, or int32 for integer units) = rows . columns, or += with accumulate.
+using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate);
+
+// The kernel for so many rows; null where this instruction set has none for these units.
+namespace avx2 {
+constexpr int kPanel = 16, kMaxRows = 6;
+MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+}  // namespace avx2
+namespace avx512 {
+constexpr int kPanel = 32, kMaxRows = 14;
+MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+}  // namespace avx512
+namespace avx512_vnni {
+constexpr int kPanel = 32, kMaxRows = 14;
+MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+}  // namespace avx512_vnni
+namespace avx512_bf16 {
+constexpr int kPanel = 32, kMaxRows = 14;
+MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+}  // namespace avx512_bf16
+
+}  // namespace albert

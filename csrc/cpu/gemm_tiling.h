@@ -1,0 +1,74 @@
+// How a product is cut up: among threads, into chunks of rows that stay in L2, into blocks of a tile's rows.
+// Compiled once per instruction set.
+#pragma once
+#include <cstdint>
+
+#include "gemm_micro.h"
+
+namespace albert::ALBERT_ISA {
+
+// A group of panels stays in L2 while the blocks of a chunk pass by: a fraction of a common L2, 256 KB to 2 MB.
+constexpr int64_t kGroupBytes = 256 << 10;
+// A chunk of packed rows is read once for each group, from L2 or L3. Larger chunks read the weight less often.
+constexpr int64_t kChunkBytes = 1024 << 10;
+constexpr int64_t kMostChunkRows = 32 * kMaxRows;
+// Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error.
+constexpr int64_t kStepsPerSum = 128;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// Where part i of `parts` nearly equal ones begins.
+constexpr int64_t part_begin(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }
+
+struct Grid {
+  int rows, panels;  // tasks along each
+};
+
+// The cheapest grid of at most `threads` tasks, by a count of cycles for one step of the reduction: 2 per row and panel
+// in the micro-kernel, 2 to bring a panel's line from L3 (more tasks along the rows read each panel more often),
+// half a one to pack a row (more tasks along the panels pack each row more often).
+inline Grid choose_grid(int threads, int64_t rows, int64_t panels) {
+  Grid best{1, 1};
+  double best_cost = 0;
+  for (int along_rows = 1; along_rows <= threads; ++along_rows) {
+    const int64_t along_panels = smaller(threads / along_rows, panels);
+    if (along_rows > rows || along_panels < 1) break;
+    const double r = static_cast<double>(divide_up(rows, along_rows));
+    const double p = static_cast<double>(divide_up(panels, along_panels));
+    const double cost = p * (2 * r + 2) + 0.5 * r;
+    if (along_rows == 1 || cost < best_cost) {
+      best = {along_rows, static_cast<int>(along_panels)};
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// The most rows of `steps` units that a chunk may have: at least two blocks, or a panel would be read for too little.
+inline int64_t chunk_rows(int64_t steps) {
+  const int64_t fit = kChunkBytes / (larger(steps, 1) * 4) / kMaxRows * kMaxRows;
+  return smaller(larger(fit, 2 * kMaxRows), kMostChunkRows);
+}
+
+// Panels of `steps` units in a group.
+inline int64_t panel_group(int64_t steps) { return larger(kGroupBytes / (larger(steps, 1) * kPanel * 4), 1); }
+
+// The micro-kernels of these units by number of rows.
+struct KernelTable {
+  MicroKernel of[kMaxRows + 1];
+  KernelTable(Unit unit, RowLayout layout) {
+    of[0] = nullptr;
+    for (int rows = 1; rows <= kMaxRows; ++rows) {
+#ifdef __AVX512F__
+      of[rows] = unit == Unit::bf16x2   ? avx512_bf16::micro_kernel(unit, layout, rows)
+                 : unit == Unit::u8s8x4 ? avx512_vnni::micro_kernel(unit, layout, rows)
+                                        : avx512::micro_kernel(unit, layout, rows);
+#else
+      of[rows] = avx2::micro_kernel(unit, layout, rows);
+#endif
+    }
+  }
+};
+
+}  // namespace albert::ALBERT_ISA
