@@ -12,7 +12,6 @@ from typing import TypeVar
 MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("cpu", "cuda")
-MEMORY = ("none", "training", "all")
 CONFIGS = ("base", "large", "xlarge", "xxlarge")
 DEFAULT_PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
 PEERS = (*DEFAULT_PEERS, "transformers-compile", "onnxruntime", "openvino")
@@ -37,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """The run. `repeats` None: 3 on a CPU, 20 on a GPU; `threads` None: as many as PyTorch takes."""
+    """The run. `repeats` None: 5 on a CPU, 20 on a GPU; `threads` None: as many as PyTorch takes."""
 
     shapes: tuple[Shape, ...] = (Shape(4, 128), Shape(8, 128, ragged=True))
     modes: tuple[str, ...] = MODES
@@ -46,7 +45,6 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     repeats: int | None = None
-    memory: str = "training"
     config: str = "base"
     layers: int | None = None
     model: str | None = None
@@ -73,8 +71,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
     add("--device", "cpu or cuda (default: %(default)s)")
     add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
-    add("--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
-    add("--memory", "whose peak memory is measured: none, training or all; a GPU measures all (default: %(default)s)")
+    add("--repeats", "timed calls of each row (default: 5 on a CPU, 20 on a GPU)", metavar="N")
     add("--config", f"{', '.join(CONFIGS)} or a config.json; random weights (default: %(default)s)")
     add("--layers", "passes of the shared layer, in place of the config's", metavar="N")
     add("--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")
@@ -87,7 +84,6 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         dtype=joined(DEFAULTS.dtypes),
         compare=joined(DEFAULTS.compare),
         device=DEFAULTS.device,
-        memory=DEFAULTS.memory,
         config=DEFAULTS.config,
     )
 
@@ -111,7 +107,6 @@ def options_from(args: argparse.Namespace) -> Options:
         device=_names("--device", args.device, DEVICES)[0],
         threads=_count("--threads", args.threads),
         repeats=_count("--repeats", args.repeats),
-        memory=_names("--memory", args.memory, MEMORY)[0],
         config=args.config,
         layers=_count("--layers", args.layers),
         model=args.model,

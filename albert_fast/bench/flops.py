@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from albert_fast.bench.measure import synchronize
 from albert_fast.config import AlbertConfig
 
 # Activations, weights: [m, k] x [k, n]. Sizes at which libraries do well; the best of them counts.
@@ -41,6 +40,11 @@ def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled
     return 3 * forward if training else forward
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def matrix_rate(dtype: str, device: torch.device) -> float:
     """The best rate of a matrix product here, in operations a second, with the threads that are set.
 
@@ -55,11 +59,11 @@ def matrix_rate(dtype: str, device: torch.device) -> float:
             calls = 10 if on_gpu else 1  # one call is too short for a GPU's clock
             done, end = 0, time.perf_counter() + _PROBE_SECONDS
             while done < 3 or time.perf_counter() < end:
-                synchronize(device)
+                _synchronize(device)
                 start = time.perf_counter()
                 for _ in range(calls):
                     product()
-                synchronize(device)
+                _synchronize(device)
                 best = max(best, calls * 2 * m * k * n / (time.perf_counter() - start))
                 done += 1
     return best

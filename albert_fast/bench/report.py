@@ -13,7 +13,7 @@ COLUMNS = ("error", "ms", "tokens/s", "x floor", "albert_fast is", "peak")
 
 NOTE = (
     "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
-    "at the best matrix rate. albert_fast is: how many times as fast as this row. peak: resident, in its own process."
+    "at the best matrix rate. albert_fast is: how many times as fast as this row. peak: resident memory of its process."
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import gc
 import json
 import os
 import platform
@@ -25,12 +24,11 @@ from albert_fast.bench import parity
 from albert_fast.bench.arguments import CONFIGS, Options, Shape, options_from
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.flops import flops, matrix_rate
-from albert_fast.bench.measure import interleave, median
-from albert_fast.bench.memory import peak_of_call
-from albert_fast.bench.peers import PEERS, Peer, call, serving_backends
+from albert_fast.bench.peers import PEERS, serving_backends
 from albert_fast.bench.report import print_report
+from albert_fast.bench.worker import Worker, WorkerError, interleave, median
 
-_REPEATS = {"cpu": 3, "cuda": 20}
+_REPEATS = {"cpu": 5, "cuda": 20}
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Row:
         milliseconds: median of the timed calls, `all_milliseconds`.
         speedup: how many times as fast albert_fast is in the same run; above 1 where it is faster.
         times_floor: milliseconds over the floor's.
-        peak_bytes: peak memory of one call: resident in a process of its own, or allocated on the GPU.
+        peak_bytes: most memory that its process held, or allocated on the GPU.
     """
 
     peer: str
@@ -145,52 +143,42 @@ def _measure(
     expected = parity.oracle(config, state_dict, batch, work.mode)
     limit = parity.limit(config, state_dict, batch, work.mode, work.dtype, expected)
 
-    peers: dict[str, Peer] = {}
-    for name in options.compare:
-        peer = PEERS[name]()
-        row = Row(name, limit=limit, reason=peer.refuses(work.mode, work.dtype, device.type))
-        work.rows.append(row)
-        if row.reason is not None:
-            continue
-        say(f"{title}: parity of {name}")
-        peer.build(config, state_dict, work.dtype, device, batch)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        actual = parity.results(peer, batch, work.mode)
-        if device.type == "cuda":
-            row.peak_bytes = torch.cuda.max_memory_allocated(device)
-        row.error = parity.error(actual, expected)
-        row.passed = row.error <= limit
-        if row.passed:
-            peers[name] = peer
-        else:
-            row.reason = f"wrong: its error is {row.error:.1e}, and at most {limit:.1e} was expected"
-    del expected
-    gc.collect()
-
-    repeats = options.repeats or _REPEATS[device.type]
-    calls = {name: _bound(peer, batch, work.mode) for name, peer in peers.items()}
-    seconds = interleave(calls, repeats, device, lambda name: say(f"{title}: timing {name}"))
-    fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None
-    for row in work.rows:
-        if row.peer not in seconds:
-            continue
-        middle = median(seconds[row.peer])
-        row.milliseconds = middle * 1e3
-        row.all_milliseconds = [second * 1e3 for second in seconds[row.peer]]
-        row.tokens_per_second = work.tokens / middle
-        row.speedup = middle / fastest if fastest is not None else None
-    del peers, calls
-    gc.collect()
-    if device.type == "cpu" and options.memory in ("all", work.mode):
-        for row in work.rows:
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in options.compare:
+            row = Row(name, limit=limit, reason=PEERS[name]().refuses(work.mode, work.dtype, device.type))
+            work.rows.append(row)
+            if row.reason is not None:
+                continue
+            say(f"{title}: parity of {name}")
+            worker = Worker(name, config, state_dict, batch, work.mode, work.dtype)
+            stack.callback(worker.close)
+            try:
+                row.error = parity.error(worker.results(), expected)
+            except WorkerError as error:
+                row.reason = str(error)
+                row.passed = False
+                continue
+            row.passed = row.error <= limit
             if row.passed:
-                say(f"{title}: memory of {row.peer}")
-                row.peak_bytes = peak_of_call(row.peer, config, batch, work.mode, work.dtype)
+                workers[name] = worker
+            else:
+                row.reason = f"wrong: its error is {row.error:.1e}, and at most {limit:.1e} was expected"
+                worker.close()
+        del expected
 
-
-def _bound(peer: Peer, batch: Batch, mode: str) -> Callable[[], object]:
-    return lambda: call(peer, batch, mode)
+        repeats = options.repeats or _REPEATS[device.type]
+        seconds = interleave(workers, repeats, lambda name: say(f"{title}: timing {name}"))
+        fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None
+        for row in work.rows:
+            if row.peer not in seconds:
+                continue
+            middle = median(seconds[row.peer])
+            row.milliseconds = middle * 1e3
+            row.all_milliseconds = [second * 1e3 for second in seconds[row.peer]]
+            row.tokens_per_second = work.tokens / middle
+            row.speedup = middle / fastest if fastest is not None else None
+            row.peak_bytes = workers[row.peer].peak_bytes()
 
 
 def _new_work(config: AlbertConfig, batch: Batch, shape: Shape, mode: str, dtype: str) -> Work:

@@ -13,10 +13,9 @@ from albert_fast.bench import parity, peers, run
 from albert_fast.bench.arguments import DEFAULT_PEERS, PEERS, Shape, add_to, options_from
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.flops import flops
-from albert_fast.bench.measure import interleave
-from albert_fast.bench.memory import peak_of_call
 from albert_fast.bench.peers.albert_fast import AlbertFast
 from albert_fast.bench.report import markdown, print_report
+from albert_fast.bench.worker import Worker, WorkerError, interleave
 
 CPU = torch.device("cpu")
 TINY = {
@@ -185,33 +184,25 @@ def test_a_missing_or_broken_result_is_an_error():
     assert parity.error({**expected, "loss": torch.tensor(2.2)}, expected) == pytest.approx(0.1)
 
 
-class Wrong(AlbertFast):
-    """Right but for one row of hidden states, and one gradient."""
-
-    name = "wrong"
-
-    def inference(self, batch):
-        hidden = super().inference(batch).clone()
-        hidden[0] += 0.01
-        return hidden
-
-    def loss_and_gradients(self, batch, scale=1.0):
-        loss, gradients = super().loss_and_gradients(batch, scale)
-        gradients["predictions.bias"] = gradients["predictions.bias"] * 1.01
-        return loss, gradients
-
-
-class Absent(AlbertFast):
-    name = "absent"
-
-    packages = ("abacus_of_nowhere",)
-
-
 def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "wrong", Wrong)
+    class Absent(AlbertFast):
+        name = "absent"
+        packages = ("abacus_of_nowhere",)
+
+    class Wrong(Worker):
+        """Right but for one row of hidden states, and one gradient."""
+
+        def results(self):
+            results = super().results()
+            if self.peer == "reference":
+                for name in {"hidden states", "predictions.bias"} & set(results):
+                    results[name][0] += 0.01
+            return results
+
     monkeypatch.setitem(peers.PEERS, "absent", Absent)
-    arguments = ["--config", config_file, "--shapes", "2x16", "--repeats", "1", "--memory", "none"]
-    chosen = run.replace(options(*arguments), compare=("albert_fast", "wrong", "absent"))
+    monkeypatch.setattr(run, "Worker", Wrong)
+    arguments = ["--config", config_file, "--shapes", "2x16", "--repeats", "1"]
+    chosen = run.replace(options(*arguments), compare=("albert_fast", "reference", "absent"))
     console = Console(record=True, width=100)
     report = run.run(chosen, console)
     for work in report["works"]:
@@ -233,24 +224,51 @@ def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
+class Clock:
+    """Stands in for a worker: its call takes one second more each time."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls, self.now = name, calls, 0.0
+
+    def seconds(self) -> float:
+        self.calls.append(self.name)
+        self.now += 1.0
+        return self.now
+
+
 def test_calls_take_turns():
-    order, told = [], []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = interleave(calls, 3, CPU, told.append)
-    assert "".join(order) == "ab" * 4
-    assert told == order
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    calls, told = [], []
+    seconds = interleave({name: Clock(name, calls) for name in "ab"}, 3, told.append)
+    assert "".join(calls) == "ab" * 4
+    assert told == calls
+    assert seconds == {"a": [2.0, 3.0, 4.0], "b": [2.0, 3.0, 4.0]}
 
 
-def test_memory_is_of_one_call(config, batch):
-    large_config = AlbertConfig(**{**TINY, "vocab_size": 2_000_000})
-    small, large = (peak_of_call("albert_fast", c, batch, "training", "float32") for c in (config, large_config))
-    if small is None:
-        pytest.skip("this system does not tell a process's peak memory")
-    # Of 16 M numbers of four bytes: two copies of the word table, and its gradient.
-    assert large - small > 2 * 2_000_000 * 8 * 4
-    with pytest.raises(RuntimeError, match=r"memory of albert_fast failed: .*640"):
-        peak_of_call("albert_fast", config, Batch(*[torch.zeros(1, 640).long()] * 4, [640]), "training", "float32")
+def test_a_worker_computes_what_its_peer_does(config, batch):
+    state = AlbertForMaskedLM(config).state_dict()
+    worker = Worker("albert_fast", config, state, batch, "training", "float32")
+    try:
+        results, seconds, peak = worker.results(), worker.seconds(), worker.peak_bytes()
+    finally:
+        worker.close()
+    peer = AlbertFast()
+    peer.build(config, state, "float32", CPU, batch)
+    expected = parity.results(peer, batch, "training")
+    assert results.keys() == expected.keys()
+    assert parity.error(results, expected) < 1e-6
+    assert 0.0 < seconds < 60.0
+    assert peak is None or peak > 100e6
+
+
+def test_a_worker_that_fails_says_why(config):
+    state = AlbertForMaskedLM(config).state_dict()
+    too_long = Batch(*[torch.zeros(1, 640).long()] * 4, [640])
+    worker = Worker("albert_fast", config, state, too_long, "inference", "float32")
+    try:
+        with pytest.raises(WorkerError, match=r"albert_fast failed: .*640"):
+            worker.results()
+    finally:
+        worker.close()
 
 
 # --------------------------------------------------------------------------------------------------------- all of it
@@ -259,7 +277,7 @@ def test_memory_is_of_one_call(config, batch):
 def test_the_command(config_file, tmp_path, capsys):
     file = tmp_path / "report.json"
     arguments = ["--config", config_file, "--shapes", "2x16,3x24:ragged", "--dtype", "float32,bfloat16"]
-    assert cli.main(["bench", *arguments, "--repeats", "2", "--memory", "none", "--json", str(file)]) == 0
+    assert cli.main(["bench", *arguments, "--repeats", "2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(file.read_text())
     assert len(report["works"]) == 2 * 2 * 2
@@ -276,7 +294,7 @@ def test_the_command(config_file, tmp_path, capsys):
 def test_a_model_and_its_vocabulary(tmp_path, tokenizer, capsys):
     model = AlbertForMaskedLM(AlbertConfig(**{**TINY, "hidden_dropout_prob": 0.1}))
     model.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--shapes", "2x16", "--memory", "none", "--repeats", "1"]
+    arguments = ["--model", str(tmp_path / "model"), "--shapes", "2x16", "--repeats", "1"]
     assert cli.main(["bench", *arguments, "--compare", "albert_fast"]) == 0
     tokenizer.save_pretrained(tmp_path / "model")
     assert cli.main(["bench", *arguments, "--compare", "albert_fast", "--layers", "1"]) == 0

@@ -1,0 +1,169 @@
+"""A peer in a process of its own, that calls when it is told to.
+
+Peers in one process disturb each other: each brings threads that go on spinning for a while after a call, on cores
+that the next one needs. In processes they are asked in turn, A B A B …, so that a machine whose speed drifts is as
+unfair to one as to another, and each one's peak memory is its own.
+
+The process is `python -m albert_fast.bench.worker REQUEST`; it answers each line of its input with one of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from albert_fast.bench.data import Batch
+from albert_fast.bench.parity import Results, results
+from albert_fast.bench.peers import PEERS, call
+from albert_fast.config import AlbertConfig
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not tell.
+
+    On Linux that is VmHWM: getrusage's figure survives exec, so that a child would begin with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        return None if line is None else int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class WorkerError(RuntimeError):
+    """A peer's process failed; with the last line that it wrote."""
+
+
+class Worker:
+    """A process that has built a peer and waits for orders."""
+
+    def __init__(
+        self, peer: str, config: AlbertConfig, state_dict: Mapping[str, Tensor], batch: Batch, mode: str, dtype: str
+    ) -> None:
+        self.peer = peer
+        self._directory = tempfile.TemporaryDirectory()
+        request = {
+            "peer": peer,
+            "config": config.to_dict(),
+            "state_dict": dict(state_dict),
+            "batch": asdict(batch),
+            "mode": mode,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+        }
+        torch.save(request, self._file("request.pt"))
+        self._errors = open(self._file("errors"), "w+")  # noqa: SIM115
+        command = [sys.executable, "-m", "albert_fast.bench.worker", self._directory.name]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+
+    def _file(self, name: str) -> str:
+        return str(Path(self._directory.name) / name)
+
+    def _ask(self, order: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(order + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or [f"exit status {self._process.returncode}"])[-1]
+            raise WorkerError(f"{self.peer} failed: {last}")
+        return json.loads(answer)
+
+    def results(self) -> Results:
+        """What the call computes; builds the peer first."""
+        self._ask("results")
+        return torch.load(self._file("results.pt"), weights_only=True, map_location="cpu")
+
+    def seconds(self) -> float:
+        """The time of one call."""
+        return self._ask("call")
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that the process has held, or on a GPU has allocated there."""
+        return self._ask("peak")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+        self._directory.cleanup()
+
+
+def interleave(
+    workers: Mapping[str, Worker], repeats: int, progress: Callable[[str], None] = lambda name: None
+) -> dict[str, list[float]]:
+    """Seconds of each worker's call, `repeats` of them by name; one more before, uncounted, for warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for counted in range(-1, repeats):
+        for name, worker in workers.items():
+            progress(name)
+            took = worker.seconds()
+            if counted >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
+
+
+# ------------------------------------------------------------------------------------------------------- in the process
+
+
+def main(directory: str) -> None:
+    # Answers go where nobody else writes: exporters and compilers print.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = torch.load(Path(directory) / "request.pt", weights_only=True)
+    torch.set_num_threads(request["threads"])
+    batch, mode = Batch(**request["batch"]), request["mode"]
+    device = batch.input_ids.device
+    peer = PEERS[request["peer"]]()
+    peer.build(AlbertConfig.from_dict(request["config"]), request.pop("state_dict"), request["dtype"], device, batch)
+    for order in sys.stdin:
+        answer: object = None
+        if order == "results\n":
+            torch.save(results(peer, batch, mode), Path(directory) / "results.pt")
+        elif order == "call\n":
+            synchronize(device)
+            start = time.perf_counter()
+            call(peer, batch, mode)
+            synchronize(device)
+            answer = time.perf_counter() - start
+        else:
+            on_gpu = device.type == "cuda"
+            answer = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident_bytes()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
