@@ -239,8 +239,11 @@ def test_autocast_takes_float32_parameters(compiled, device):
     actual = differentiate(function, case.tensors, case.upstream)
     for name in ("x", "table", "bias"):
         assert actual[name].dtype == case.tensors[name].dtype
-    peer = differentiate(autocast(case.formula), case.tensors, case.upstream)
-    assert_all_as_accurate_as(actual, peer, case.expected())
+    peer, expected = differentiate(autocast(case.formula), case.tensors, case.upstream), case.expected()
+    # One number, in which the roundings of bfloat16 inputs happen to cancel more or less.
+    assert parity.relative_error(actual.pop("output"), expected.pop("output")) <= torch.finfo(torch.bfloat16).eps
+    del peer["output"]
+    assert_all_as_accurate_as(actual, peer, expected)
 
 
 # ------------------------------------------------------------------------------------------------ what it must not do
