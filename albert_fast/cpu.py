@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from albert_fast import backends, native
+from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
-from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, empty_kept
+from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
 from albert_fast.prepared import CODES, packed_weights
 
 # csrc/cpu/gemm.h
@@ -133,6 +133,7 @@ def _encoder(
 def _encoder_inference(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> Tensor:
+    kept_memory.release()
     return _encoder(hidden, parameters, cu_seqlens, options, [])
 
 
@@ -140,9 +141,7 @@ def _encoder_inference(
 def _encoder_forward(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> tuple[Tensor, list[Tensor]]:
-    kept = empty_kept(hidden, parameters, options)
-    for tensor in kept:
-        torch.ops.albert_fast_native.advise(tensor)
+    kept = kept_memory.empty(kept_shapes(hidden, parameters, options))
     return _encoder(hidden, parameters, cu_seqlens, options, kept), kept
 
 

@@ -1,9 +1,10 @@
 """Weights of the shared layer as the CPU kernels read them: packed once a version of the parameters, used until then.
 
-A packing is good as long as the very same tensors are given with the same version counters and memory: an optimizer's
-step, `load_state_dict`, `.to()` and every edit in place that autograd knows of change one of them. Two kinds of edit
-change none:
+A packing is good as long as the very same tensors are given with the same version counters and memory:
+`load_state_dict`, `.to()` and every edit in place that autograd knows of change one of them. Three kinds of edit change
+none:
 
+- by an optimizer with `fused=True`: every optimizer's step drops the packings of its parameters.
 - of a tensor made under `torch.inference_mode()`, which has no version counter: a copy of it is kept and compared.
 - through `.data` or NumPy: a sample of 128 elements of each matrix is compared. Replacing or scaling a matrix is seen;
   an edit of a few elements is not, unless one of them is in the sample. Call `forget()` after such an edit.
@@ -13,6 +14,7 @@ Vectors are not packed: each call reads them from the parameters.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -20,12 +22,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from albert_fast.ops.encoder import TENSORS_PER_LAYER
 
 # csrc/cpu/gemm.h
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 _FORMATS = {**CODES, torch.int8: 2}
+
+
+def _drop_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for key in list(_entries):
+        if not stepped.isdisjoint(key):
+            _entries.pop(key, None)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_drop_stepped)
+
 
 # Places of the matrices among a layer's tensors: query, key, value, dense, ffn, ffn_output.
 _MATRICES = (0, 2, 4, 6, 10, 12)
@@ -101,6 +117,7 @@ def _prepare(matrices: list[Tensor], dtype: torch.dtype, transposes: bool, key: 
     def drop(_: weakref.ref[Tensor]) -> None:
         _entries.pop(key, None)
 
+    _watch_optimizers()
     # What tells the versions apart is taken first: an edit that comes between is then noticed by the next call.
     references = tuple(weakref.ref(matrix, drop) for matrix in matrices)
     stamps = tuple(map(_stamp, matrices))

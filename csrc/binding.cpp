@@ -71,7 +71,7 @@ class Workspace {
   void* data() const { return kept_.data; }
 
  private:
-  static constexpr size_t kMost = size_t{64} << 20;
+  static constexpr size_t kMost = size_t{256} << 20;
   struct Memory {
     void* data = nullptr;
     size_t bytes = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import threading
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def through_numpy(tensor: Tensor) -> None:
 
 def one_element(tensor: Tensor) -> None:
     with torch.no_grad():
-        tensor[0, 0] += 1
+        tensor[random.randrange(tensor.shape[0]), random.randrange(tensor.shape[1])] += 1
 
 
 def new_data(tensor: Tensor) -> None:
@@ -131,6 +132,23 @@ def test_optimizer_steps(name, options):
             if not gradients[1:]:
                 prepared.forget()
         assert torch.equal(*gradients)
+        optimizer.step()
+        assert_fresh(parameters, x)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_steps_too_small_for_a_sample(options, monkeypatch):
+    """A step of bfloat16 parameters may change a few elements only."""
+    m, x = model().bfloat16(), torch.randn(5, 32).bfloat16()
+    parameters = tensors_of(m)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0, **options)
+    monkeypatch.setattr(torch.ops.albert_fast_native, "fingerprint", lambda matrices: 0)
+    for _ in range(3):
+        with torch.no_grad():
+            run(parameters, x)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        parameters[6].grad[-1, -1] = 1.0
         optimizer.step()
         assert_fresh(parameters, x)
 

@@ -191,8 +191,10 @@ class _Saved(NamedTuple):
 _KEPT = {"none": 7, "ffn": 6, "layer": 1}
 
 
-def empty_kept(hidden: Tensor, parameters: list[Tensor], options: EncoderOptions) -> list[Tensor]:
-    """Memory for what the operator keeps: the first of `_Saved`'s tensors, of all passes."""
+def kept_shapes(
+    hidden: Tensor, parameters: list[Tensor], options: EncoderOptions
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of what the operator keeps: the first of `_Saved`'s tensors, of all passes."""
     tokens, width = hidden.shape
     state = (tokens, width)
     shapes = {
@@ -207,7 +209,7 @@ def empty_kept(hidden: Tensor, parameters: list[Tensor], options: EncoderOptions
     at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
     passes = len(options.layer_of_pass())
     return [
-        hidden.new_empty((passes, *shapes[name]), dtype=at_least_float32 if name == "logsumexp" else hidden.dtype)
+        ((passes, *shapes[name]), at_least_float32 if name == "logsumexp" else hidden.dtype)
         for name in _Saved._fields[: _KEPT[options.recompute]]
     ]
 
@@ -399,7 +401,8 @@ def _op(
 @_op.register_fake
 def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-untyped-def]
     options = EncoderOptions(*options)
-    return _empty_output(hidden, options), empty_kept(hidden, parameters, options)
+    kept = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in kept_shapes(hidden, parameters, options)]
+    return _empty_output(hidden, options), kept
 
 
 @torch.library.custom_op("albert_fast::encoder_inference", mutates_args=())
@@ -501,6 +504,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.options = EncoderOptions(*options)._replace(seed=None, bias=None)
     seed, bias = options[8], options[9]
     ctx.counts = (len(output[1]), len(parameters))
+    # What is kept gets no gradient: without this, autograd would make zeros of the same size.
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1], *parameters, cu_seqlens, seed, bias)
 
 
