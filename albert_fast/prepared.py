@@ -129,11 +129,11 @@ def _prepare(matrices: list[Tensor], dtype: torch.dtype, transposes: bool, key: 
             query, key_, value, *rest = (matrix.detach() for matrix in matrices[first : first + len(_MATRICES)])
             layer = [torch.cat([query, key_, value]), *rest]
             sources += [*layer, *(matrix.t() for matrix in layer)] if transposes else layer
-        packed = _pack(sources, dtype)
+        packed = pack(sources, dtype)
     return _Entry(references, stamps, fingerprint, copies, packed, transposes)
 
 
-def _pack(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def pack(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each of them, one after the other in memory with large pages."""
     library, code = torch.ops.albert_fast_native, _FORMATS[dtype]
     sizes = [(library.packed_bytes(code, *matrix.shape) + 63) // 64 * 64 for matrix in matrices]

@@ -419,6 +419,23 @@ void dropout_add_layer_norm_backward(Tensor grad_output, Tensor x, Tensor bias, 
   check(albert_layer_norm_backward(&a, workspace.data(), bytes, &parallel), "dropout_add_layer_norm_backward");
 }
 
+// y = x weight^T of a packed weight.
+void product(Tensor x, Tensor weight, Tensor y) {
+  albert_gemm_args a{};
+  a.m = x.size(0);
+  a.x = data(x);
+  a.x_stride = x.size(1);
+  a.x_dtype = dtype_code(x);
+  a.weight = data(weight);
+  a.y = data(y);
+  a.y_stride = y.size(1);
+  a.y_dtype = dtype_code(y);
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_gemm_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  check(albert_gemm(&a, workspace.data(), bytes, &parallel), "product");
+}
+
 albert_bias_gelu_args bias_gelu_args(const Tensor& x, int64_t activation) {
   albert_bias_gelu_args a{};
   a.m = x.size(0);
@@ -615,6 +632,7 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
       "dropout_add_layer_norm_backward(Tensor grad_output, Tensor x, Tensor bias, Tensor residual, Tensor weight, "
       "float eps, float dropout_p, int seed, int site, Tensor? cu_seqlens, Tensor(a!) grad_x, "
       "Tensor(b!) grad_residual, Tensor(c!) grad_bias, Tensor(d!) grad_weight, Tensor(e!) grad_ln_bias) -> ()");
+  m.def("product(Tensor x, Tensor weight, Tensor(a!) y) -> ()");
   m.def("bias_gelu(Tensor x, Tensor bias, int activation, Tensor(a!) y) -> ()");
   m.def(
       "bias_gelu_backward(Tensor grad_output, Tensor x, Tensor bias, int activation, Tensor(a!) grad_x, "
@@ -652,6 +670,7 @@ STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("dropout_add_layer_norm", TORCH_BOX(&dropout_add_layer_norm));
   m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&dropout_add_layer_norm_backward));
+  m.impl("product", TORCH_BOX(&product));
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
   m.impl("embed_layer_norm", TORCH_BOX(&embed_layer_norm));

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from albert_fast import backends, native
 from albert_fast.config import AlbertConfig
+from albert_fast.prepared import pack
 
 # Activations, weights: [m, k] x [k, n]. Sizes at which libraries do well; the best of them counts.
 _CPU_SIZES = ((512, 768, 3072), (1024, 768, 3072), (1024, 1024, 1024), (2048, 2048, 2048))
@@ -71,14 +74,20 @@ def matrix_rate(dtype: str, device: torch.device) -> float:
 
 def _products(dtype: str, device: torch.device, m: int, k: int, n: int) -> Iterator[Callable[[], object]]:
     """Products [m, k] x [k, n] with the weight prepared."""
+    compute = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    x, weight = (torch.randn(shape, device=device).to(compute) for shape in ((m, k), (n, k)))
     if dtype == "int8":
-        x = torch.randint(0, 255, (m, k), dtype=torch.uint8, device=device)
-        weight = torch.randint(-127, 127, (n, k), dtype=torch.int8, device=device)
-        packed = torch.ops.onednn.qlinear_prepack(weight, [m, k])
-        scales, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int32)
-        quantized: tuple[Any, ...] = (1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        yield lambda: torch.ops.onednn.qlinear_pointwise(x, *quantized)
-        return
-    x = torch.randn(m, k, device=device).to(getattr(torch, dtype))
-    weight = torch.randn(n, k, device=device).to(getattr(torch, dtype))
-    yield lambda: torch.nn.functional.linear(x, weight)
+        yield _onednn_int8(x, weight)
+    else:
+        yield lambda: torch.nn.functional.linear(x, weight)
+    if device.type == "cpu" and backends.CPU.unavailable() is None and native.load() is None and dtype != "float16":
+        (packed,), y = pack([weight], getattr(torch, dtype)), x.new_empty(m, n)
+        yield lambda: torch.ops.albert_fast_native.product(x, packed, y)
+
+
+def _onednn_int8(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    quantized = x.mul(20).clamp(0, 255).to(torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(weight.mul(20).clamp(-127, 127).to(torch.int8), list(x.shape))
+    scales, zeros = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)
+    rest: tuple[Any, ...] = (1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return lambda: torch.ops.onednn.qlinear_pointwise(quantized, *rest)

@@ -9,11 +9,11 @@ from rich.table import Table
 
 Report = dict[str, Any]
 
-COLUMNS = ("error", "ms", "tokens/s", "x floor", "albert_fast is", "peak")
+COLUMNS = ("error", "ms", "tokens/s", "x floor", "speed-up", "peak")
 
 NOTE = (
     "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
-    "at the best matrix rate. albert_fast is: how many times as fast as this row. peak: resident memory of its process."
+    "at the best matrix rate. speed-up: of albert_fast over this row. peak: resident memory of its process."
 )
 
 

@@ -24,7 +24,7 @@ from albert_fast.bench import parity
 from albert_fast.bench.arguments import CONFIGS, Options, Shape, options_from
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.flops import flops, matrix_rate
-from albert_fast.bench.peers import PEERS, serving_backends
+from albert_fast.bench.peers import PEERS, AlbertFast, serving_backends
 from albert_fast.bench.report import print_report
 from albert_fast.bench.worker import Worker, WorkerError, interleave, median
 
@@ -141,11 +141,12 @@ def _measure(
     device = batch.input_ids.device
     say(f"{title}: the oracle, in float64")
     expected = parity.oracle(config, state_dict, batch, work.mode)
-    limit = parity.limit(config, state_dict, batch, work.mode, work.dtype, expected)
+    ours, theirs = parity.limits(config, state_dict, batch, work.mode, work.dtype, expected)
 
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in options.compare:
+            limit = ours if issubclass(PEERS[name], AlbertFast) else theirs
             row = Row(name, limit=limit, reason=PEERS[name]().refuses(work.mode, work.dtype, device.type))
             work.rows.append(row)
             if row.reason is not None:

@@ -6,7 +6,7 @@ from albert_fast.bench.peers.onnxruntime import OnnxRuntime
 from albert_fast.bench.peers.openvino import OpenVino
 from albert_fast.bench.peers.transformers import TransformersCompile, TransformersEager, TransformersSdpa
 
-__all__ = ["PEERS", "Peer", "Reference", "call", "serving_backends"]
+__all__ = ["PEERS", "AlbertFast", "Peer", "Reference", "call", "serving_backends"]
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
