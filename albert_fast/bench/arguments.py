@@ -36,9 +36,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """The run. `repeats` None: 5 on a CPU, 20 on a GPU; `threads` None: as many as PyTorch takes."""
+    """The run. `repeats` None: 3 on a CPU, 20 on a GPU; `threads` None: as many as PyTorch takes."""
 
-    shapes: tuple[Shape, ...] = (Shape(4, 128), Shape(8, 128, ragged=True))
+    shapes: tuple[Shape, ...] = (Shape(2, 128), Shape(6, 128, ragged=True))
     modes: tuple[str, ...] = MODES
     dtypes: tuple[str, ...] = ("float32",)
     compare: tuple[str, ...] = DEFAULT_PEERS
@@ -71,7 +71,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
     add("--device", "cpu or cuda (default: %(default)s)")
     add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
-    add("--repeats", "timed calls of each row (default: 5 on a CPU, 20 on a GPU)", metavar="N")
+    add("--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
     add("--config", f"{', '.join(CONFIGS)} or a config.json; random weights (default: %(default)s)")
     add("--layers", "passes of the shared layer, in place of the config's", metavar="N")
     add("--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")

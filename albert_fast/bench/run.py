@@ -28,7 +28,7 @@ from albert_fast.bench.peers import PEERS, AlbertFast, serving_backends
 from albert_fast.bench.report import print_report
 from albert_fast.bench.worker import Worker, WorkerError, interleave, median
 
-_REPEATS = {"cpu": 5, "cuda": 20}
+_REPEATS = {"cpu": 3, "cuda": 20}
 
 
 @dataclass
@@ -139,33 +139,32 @@ def _measure(
     """Fills in the rows of `work`."""
     title = f"{work.dtype} {work.mode} {work.shape}"
     device = batch.input_ids.device
-    say(f"{title}: the oracle, in float64")
-    expected = parity.oracle(config, state_dict, batch, work.mode)
-    ours, theirs = parity.limits(config, state_dict, batch, work.mode, work.dtype, expected)
-
     with contextlib.ExitStack() as stack:
+        # The processes begin while the oracle is computed.
         workers: dict[str, Worker] = {}
         for name in options.compare:
-            limit = ours if issubclass(PEERS[name], AlbertFast) else theirs
-            row = Row(name, limit=limit, reason=PEERS[name]().refuses(work.mode, work.dtype, device.type))
+            row = Row(name, reason=PEERS[name]().refuses(work.mode, work.dtype, device.type))
             work.rows.append(row)
-            if row.reason is not None:
+            if row.reason is None:
+                workers[name] = Worker(name, config, state_dict, batch, work.mode, work.dtype)
+                stack.callback(workers[name].close)
+        say(f"{title}: the oracle, in float64")
+        expected = parity.oracle(config, state_dict, batch, work.mode)
+        ours, theirs = parity.limits(config, state_dict, batch, work.mode, work.dtype, expected)
+        for row in work.rows:
+            if row.peer not in workers:
                 continue
-            say(f"{title}: parity of {name}")
-            worker = Worker(name, config, state_dict, batch, work.mode, work.dtype)
-            stack.callback(worker.close)
+            say(f"{title}: parity of {row.peer}")
+            row.limit = ours if issubclass(PEERS[row.peer], AlbertFast) else theirs
             try:
-                row.error = parity.error(worker.results(), expected)
+                row.error = parity.error(workers[row.peer].results(), expected)
+                row.passed = row.error <= row.limit
+                if not row.passed:
+                    row.reason = f"wrong: its error is {row.error:.1e}, and at most {row.limit:.1e} was expected"
             except WorkerError as error:
-                row.reason = str(error)
-                row.passed = False
-                continue
-            row.passed = row.error <= limit
-            if row.passed:
-                workers[name] = worker
-            else:
-                row.reason = f"wrong: its error is {row.error:.1e}, and at most {limit:.1e} was expected"
-                worker.close()
+                row.passed, row.reason = False, str(error)
+            if not row.passed:
+                workers.pop(row.peer).close()
         del expected
 
         repeats = options.repeats or _REPEATS[device.type]

@@ -111,6 +111,9 @@ class Worker:
         return self._ask("peak")
 
     def close(self) -> None:
+        """Ends the process; what is closed stays so."""
+        if self._errors.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -120,14 +123,12 @@ class Worker:
 def interleave(
     workers: Mapping[str, Worker], repeats: int, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[float]]:
-    """Seconds of each worker's call, `repeats` of them by name; one more before, uncounted, for warm-up."""
+    """Seconds of each worker's call, `repeats` of them by name. Their results were asked for before: that warmed up."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for counted in range(-1, repeats):
+    for _ in range(repeats):
         for name, worker in workers.items():
             progress(name)
-            took = worker.seconds()
-            if counted >= 0:
-                seconds[name].append(took)
+            seconds[name].append(worker.seconds())
     return seconds
 
 
