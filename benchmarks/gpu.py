@@ -73,6 +73,7 @@ def environment() -> dict[str, object]:
 
 def main(out: Path, arguments: list[str]) -> int:
     start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"environment": environment()}
     device = "cuda" if report["environment"]["gpu"] is not None else "cpu"  # type: ignore[index]
     if device == "cpu":
