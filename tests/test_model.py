@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 import random
 
@@ -134,27 +135,48 @@ def assert_equal_outputs(actual, expected, tolerance=TOLERANCE) -> None:
         assert relative_error(actual[name], tensor) <= tolerance, name
 
 
-def assert_equal_gradients(model, peer, exact, tolerance=TOLERANCE) -> None:
-    """Each gradient to the tolerance. Where rounding alone spoils more than that (the gradient of key.bias is nothing
-    but rounding), about as close to the exact one as transformers' is, and to a tenth of the tolerance of the whole:
-    twice as far off in all, and four times in a single tensor, whose few elements are a matter of luck."""
-    expected, oracle = dict(peer.named_parameters()), dict(exact.named_parameters())
-    assert [name for name, _ in model.named_parameters()] == list(expected)
-    whole = torch.stack([p.grad.norm() for p in oracle.values() if p.grad is not None]).norm()
-    all_ours, all_theirs = [], []
-    for name, parameter in model.named_parameters():
-        want = expected[name].grad
-        if want is None:
-            assert parameter.grad is None, name
-            continue
-        theirs = (want - oracle[name].grad).norm()
-        ours = (parameter.grad - oracle[name].grad).norm()
-        close = (parameter.grad - want).norm() <= tolerance * want.norm()
-        assert close or ours <= 4 * theirs + 0.1 * tolerance * whole, (name, ours, theirs, want.norm(), whole)
-        all_ours.append(ours)
-        all_theirs.append(theirs)
-    ours, theirs = torch.stack(all_ours).norm(), torch.stack(all_theirs).norm()
-    assert ours <= 2 * theirs + tolerance * whole, (ours, theirs, whole)
+def nudged(peer) -> list:
+    """Copies of the model with every weight moved to a neighbouring number of its format: models that float32 cannot
+    tell from it, whose gradients differ by what rounding alone does. One draw of that is a matter of luck; with five
+    (these and the model's own), 1,260 configurations stayed within a fifth of the bound below."""
+    copies = [copy.deepcopy(peer) for _ in range(4)]
+    for parameter in itertools.chain.from_iterable(one.parameters() for one in copies):
+        parameter.data = torch.nextafter(parameter.data, torch.randn_like(parameter).sign() * torch.inf)
+    return copies
+
+
+def gradients(model, inputs) -> dict[str, Tensor | None]:
+    model.train().zero_grad()
+    scalar_of(model(**inputs)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_equal_gradients(model, peer, inputs, tolerance=TOLERANCE, **ours_alone) -> None:
+    """Each gradient of the training loss equals transformers' to the tolerance.
+
+    Where float32 does not determine a gradient so well (that of key.bias is nothing but rounding), ours is at most
+    twice as far from the float64 one as transformers' own, the worst of some roundings, and two epsilon of the whole.
+    In float64, which has no finer oracle, a hundredth of the tolerance of the whole takes the place of that.
+    """
+    actual, expected = gradients(model, inputs | ours_alone), gradients(peer, inputs)
+    assert list(actual) == list(expected)
+    assert [name for name in actual if actual[name] is None] == [n for n in expected if expected[n] is None]
+    names = [name for name in actual if actual[name] is not None]
+    difference = {name: (actual[name] - expected[name]).norm() for name in names}
+    whole = torch.stack([expected[name].norm() for name in names]).norm()
+    loose = [name for name in names if difference[name] > tolerance * expected[name].norm()]
+    if not loose:
+        return
+    if whole.dtype == torch.float64:
+        assert all(difference[name] <= 0.01 * tolerance * whole for name in loose), loose
+        return
+    exact = gradients(copy.deepcopy(peer).double(), inputs)
+    epsilon = torch.finfo(torch.float32).eps
+    theirs = [expected, *(gradients(one, inputs) for one in nudged(peer))]
+    for name in loose:
+        ours = (actual[name] - exact[name]).norm()
+        allowed = 2 * max((one[name] - exact[name]).norm() for one in theirs) + 2 * epsilon * whole
+        assert ours <= allowed, f"{name}: {ours:.3g} off, {allowed:.3g} allowed, of {exact[name].norm():.3g}"
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -170,18 +192,13 @@ def test_equals_transformers(head, trial, device):
         wanted = {"output_hidden_states": True, "output_attentions": eager}
         assert_equal_outputs(model.eval()(**inputs, **wanted), peer.eval()(**inputs, **wanted))
     extra = {"return_logits": True} if head in ("AlbertForMaskedLM", "AlbertForPreTraining") else {}
-    exact = copy.deepcopy(peer).double()
-    for candidate, dtype in ((model, torch.float32), (copy.deepcopy(model).double(), torch.float64)):
-        reference = peer if dtype == torch.float32 else exact
-        actual = candidate.train()(**inputs, **labels, **extra, output_hidden_states=True)
-        expected = reference.train()(**inputs, **labels, output_hidden_states=True)
-        tolerance = TOLERANCE if dtype == torch.float32 else 1e-10
+    doubles = (copy.deepcopy(model).double(), copy.deepcopy(peer).double(), 1e-10)
+    for ours, theirs, tolerance in ((model, peer, TOLERANCE), doubles):
+        with torch.no_grad():
+            actual = ours.train()(**inputs, **labels, **extra, output_hidden_states=True)
+            expected = theirs.train()(**inputs, **labels, output_hidden_states=True)
         assert_equal_outputs(actual, expected, tolerance)
-        scalar_of(actual).backward()
-        scalar_of(expected).backward()
-        if dtype == torch.float64:
-            assert_equal_gradients(candidate, reference, exact, tolerance=1e-10)
-    assert_equal_gradients(model, peer, exact)
+        assert_equal_gradients(ours, theirs, inputs | labels, tolerance)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -206,11 +223,7 @@ def test_ragged_batch_equals_transformers(head, unpad, device):
     if unpad and head in ("AlbertModel", "AlbertForQuestionAnswering"):
         return  # transformers' scalars count the padding there
     assert relative_error(scalar_of(actual), scalar_of(expected)) <= TOLERANCE
-    exact = copy.deepcopy(peer).double()
-    scalar_of(exact(**inputs, **labels)).backward()
-    scalar_of(actual).backward()
-    scalar_of(expected).backward()
-    assert_equal_gradients(model, peer, exact)
+    assert_equal_gradients(model, peer, inputs | labels, unpad=unpad)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
