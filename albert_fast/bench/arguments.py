@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 MODES = ("inference", "training")
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+# autocast: float32 weights, the forward pass under torch.autocast to bfloat16.
+DTYPES = ("float32", "bfloat16", "float16", "int8", "autocast")
 DEVICES = ("cpu", "cuda")
 CONFIGS = ("base", "large", "xlarge", "xxlarge")
 DEFAULT_PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
@@ -67,7 +68,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
     add("--shapes", "rows x length, such as 8x128,8x512,32x128:ragged (default: %(default)s)", metavar="LIST")
     add("--mode", "inference, training or both (default: %(default)s)", metavar="LIST")
-    add("--dtype", f"of weights and activations: {', '.join(DTYPES)} (default: %(default)s)", metavar="LIST")
+    formats = f"of weights and activations: {', '.join(DTYPES)} (float32 weights, computed with in bfloat16)"
+    add("--dtype", f"{formats} (default: %(default)s)", metavar="LIST")
     add("--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
     add("--device", "cpu or cuda (default: %(default)s)")
     add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")

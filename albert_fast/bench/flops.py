@@ -1,15 +1,18 @@
-"""The floor: how many operations the real tokens need, and how fast this machine multiplies matrices."""
+"""The floor: how many operations the real tokens need, and how fast this machine goes on multiplying matrices."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from albert_fast import backends, native
+from albert_fast.bench.formats import Format
 from albert_fast.config import AlbertConfig
 from albert_fast.prepared import pack
 
@@ -21,7 +24,24 @@ _GPU_SIZES = ((4096, 4096, 4096), (8192, 8192, 8192))
 _PROBE_SECONDS = 0.2
 
 
-def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled: int) -> int:
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations.
+
+    Attributes:
+        products: of activations with weights.
+        attention: of activations with each other: the scores, and the probabilities times the values.
+    """
+
+    products: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.products + self.attention
+
+
+def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled: int) -> Operations:
     """Floating-point operations that the real tokens need; a multiply and an add are two.
 
     Only matrix products count, and each use of the shared layer does: 6 operations a parameter and token, the usual
@@ -35,12 +55,21 @@ def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled
     """
     hidden, embedding = config.hidden_size, config.embedding_size
     tokens = sum(lengths)
+    passes = config.num_hidden_layers * config.inner_group_num
     projections = 2 * tokens * (4 * hidden**2 + 2 * hidden * config.intermediate_size)
-    attention = sum(4 * length**2 * hidden for length in lengths)  # scores, and their product with the values
-    encoder = config.num_hidden_layers * config.inner_group_num * (projections + attention)
+    attention = sum(4 * length**2 * hidden for length in lengths)
     head = labelled * 2 * (hidden * embedding + embedding * config.vocab_size)
-    forward = 2 * tokens * embedding * hidden + encoder + head
-    return 3 * forward if training else forward
+    products = 2 * tokens * embedding * hidden + passes * projections + head
+    times = 3 if training else 1
+    return Operations(times * products, times * passes * attention)
+
+
+def floor(operations: Operations, numbers: Format, rates: Mapping[torch.dtype, float]) -> float:
+    """Seconds that the operations need at least, at the matrix rate of the numbers that they are done in.
+
+    In int8 only the products with weights are: attention counts at bfloat16's rate.
+    """
+    return operations.products / rates[numbers.products] + operations.attention / rates[numbers.attention]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -48,40 +77,48 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(dtype: str, device: torch.device) -> float:
-    """The best rate of a matrix product here, in operations a second, with the threads that are set.
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The best sustained rate of a matrix product here, in operations a second, with the threads that are set.
 
-    Whose product it is does not matter: torch's, or this package's own where the `cpu` backend has one. For "int8" that
-    is u8 x s8, torch's through oneDNN.
+    Sustained: the median of the calls that follow each other for a while; the fastest of them may have had a clock that
+    does not last. Whose product it is, and of what size, does not matter: torch's, or this package's own where the
+    `cpu` backend has one. For int8 that is u8 x s8, torch's through oneDNN.
     """
-    on_gpu = device.type == "cuda"
-    best = 0.0
-    for m, k, n in _GPU_SIZES if on_gpu else _CPU_SIZES:
-        for product in _products(dtype, device, m, k, n):
+    sizes = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
+    rates = (
+        2 * m * k * n / _median_seconds(product, device)
+        for m, k, n in sizes
+        for product in _products(dtype, device, m, k, n)
+    )
+    return max(rates)
+
+
+def _median_seconds(product: Callable[[], object], device: torch.device) -> float:
+    product()
+    calls = 10 if device.type == "cuda" else 1  # one call is too short for a GPU's clock
+    seconds: list[float] = []
+    end = time.perf_counter() + _PROBE_SECONDS
+    while len(seconds) < 3 or time.perf_counter() < end:
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
             product()
-            calls = 10 if on_gpu else 1  # one call is too short for a GPU's clock
-            done, end = 0, time.perf_counter() + _PROBE_SECONDS
-            while done < 3 or time.perf_counter() < end:
-                _synchronize(device)
-                start = time.perf_counter()
-                for _ in range(calls):
-                    product()
-                _synchronize(device)
-                best = max(best, calls * 2 * m * k * n / (time.perf_counter() - start))
-                done += 1
-    return best
+        _synchronize(device)
+        seconds.append((time.perf_counter() - start) / calls)
+    return statistics.median(seconds)
 
 
-def _products(dtype: str, device: torch.device, m: int, k: int, n: int) -> Iterator[Callable[[], object]]:
+def _products(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Iterator[Callable[[], object]]:
     """Products [m, k] x [k, n] with the weight prepared."""
-    compute = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    x, weight = (torch.randn(shape, device=device).to(compute) for shape in ((m, k), (n, k)))
-    if dtype == "int8":
+    given = torch.float32 if dtype == torch.int8 else dtype
+    x, weight = (torch.randn(shape, device=device).to(given) for shape in ((m, k), (n, k)))
+    if dtype == torch.int8:
         yield _onednn_int8(x, weight)
     else:
         yield lambda: torch.nn.functional.linear(x, weight)
-    if device.type == "cpu" and backends.CPU.unavailable() is None and native.load() is None and dtype != "float16":
-        (packed,), y = pack([weight], getattr(torch, dtype)), x.new_empty(m, n)
+    native_product = device.type == "cpu" and backends.CPU.unavailable() is None and native.load() is None
+    if native_product and dtype != torch.float16:
+        (packed,), y = pack([weight], dtype), x.new_empty(m, n)
         yield lambda: torch.ops.albert_fast_native.product(x, packed, y)
 
 

@@ -1,8 +1,8 @@
 """Whether a peer computes the right thing, before anyone reads how fast it is.
 
 The oracle is this package's reference in float64, on the very batch that is timed, a few rows at a time so that memory
-does not grow with the batch. The yardstick is the reference in the same dtype: this package may be off by twice as
-much as plain PyTorch is. What is compared:
+does not grow with the batch. The yardstick is the reference in the same dtype, or under autocast too: this package may
+be off by twice as much as plain PyTorch is. What is compared:
 
     inference  the last hidden states of the real tokens
     training   the loss, and each parameter's gradient
@@ -33,9 +33,11 @@ _LARGEST = {
     ("inference", "bfloat16"): 0.1,
     ("inference", "float16"): 0.02,
     ("inference", "int8"): 0.1,
+    ("inference", "autocast"): 0.1,
     ("training", "float32"): 1e-3,
     ("training", "bfloat16"): 0.5,
     ("training", "float16"): 0.1,
+    ("training", "autocast"): 0.5,
 }
 # What is claimed of this package's int8.
 _INT8 = 0.03

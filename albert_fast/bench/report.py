@@ -7,13 +7,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from albert_fast.bench.checkout import short
+
 Report = dict[str, Any]
 
 COLUMNS = ("error", "ms", "tokens/s", "x floor", "speed-up", "peak")
 
 NOTE = (
     "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
-    "at the best matrix rate. speed-up: of albert_fast over this row. peak: resident memory of its process."
+    "at the best matrix rate, int8's attention at bfloat16's. speed-up: of albert_fast over this row. peak: resident\n"
+    "memory of its process."
 )
 
 
@@ -49,10 +52,11 @@ def _headline(report: Report) -> str:
     machine, versions, config = report["machine"], report["versions"], report["config"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    commit = f"; commit {short(report['commit'])}" if report.get("commit") is not None else ""
     rates = ", ".join(f"{rate:.0f} GFLOP/s {name}" for name, rate in report["matrix_gflops"].items())
     served = "; ".join(f"{name}: {_served(operations)}" for name, operations in report["backends"].items())
     return (
-        f"{report['date'][:10]}, {where}; {packages}\n"
+        f"{report['date'][:10]}, {where}; {packages}{commit}\n"
         f"ALBERT of {config['num_hidden_layers']} passes, hidden {config['hidden_size']}, vocabulary "
         f"{config['vocab_size']}; text: {report['text']['source']}\n"
         f"best matrix rate: {rates}. Backends: {served}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -22,8 +23,10 @@ import albert_fast
 from albert_fast import AlbertConfig, AlbertForMaskedLM
 from albert_fast.bench import parity
 from albert_fast.bench.arguments import CONFIGS, Options, Shape, options_from
+from albert_fast.bench.checkout import commit_of
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
-from albert_fast.bench.flops import flops, matrix_rate
+from albert_fast.bench.flops import Operations, floor, flops, matrix_rate
+from albert_fast.bench.formats import FORMATS, name_of
 from albert_fast.bench.peers import PEERS, AlbertFast, serving_backends
 from albert_fast.bench.report import print_report
 from albert_fast.bench.worker import Worker, WorkerError, interleave, median
@@ -59,7 +62,12 @@ class Row:
 
 @dataclass
 class Work:
-    """What was asked of every peer, and what it needs at least."""
+    """What was asked of every peer, and what it needs at least.
+
+    Attributes:
+        gflop: operations that the real tokens need, `attention_gflop` of them products of activations.
+        floor_milliseconds: of them, at the rates of the whole run.
+    """
 
     mode: str
     dtype: str
@@ -68,6 +76,7 @@ class Work:
     fill: float
     labelled: int
     gflop: float
+    attention_gflop: float
     floor_milliseconds: float | None
     rows: list[Row]
 
@@ -99,32 +108,38 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         config, state_dict = _model(options, len(tokenizer))
         batches = {shape: make_batch(tokenizer, text, shape) for shape in options.shapes}
         _check_lengths(config, options.shapes)
-        works, rates, backends = [], dict.fromkeys(options.dtypes, 0.0), {}
-        for dtype_name in options.dtypes:
-            compute = torch.float32 if dtype_name == "int8" else getattr(torch, dtype_name)
-            backends[dtype_name] = serving_backends(config, device, compute)
-            for mode in options.modes if dtype_name != "int8" else ("inference",):
-                for shape, batch in batches.items():
-                    say(f"{dtype_name}: how fast this machine multiplies matrices")
-                    rates[dtype_name] = max(rates[dtype_name], matrix_rate(dtype_name, device))
-                    work = _new_work(config, batch, shape, mode, dtype_name)
-                    _measure(work, options, config, state_dict, batch.to(device), say)
-                    works.append(work)
-    for work in works:
-        # The best rate of the whole run: a machine that others use shows it at times only.
-        work.floor_milliseconds = work.gflop / (rates[work.dtype] / 1e9) * 1e3
+        commit = commit_of(Path(albert_fast.__file__).parent)
+        works: list[tuple[Work, Operations]] = []
+        rates: dict[torch.dtype, float] = {}
+        backends = {}
+        for dtype in options.dtypes:
+            backends[dtype] = serving_backends(config, device, FORMATS[dtype].activations)
+            modes = options.modes if dtype != "int8" else ("inference",)
+            # Before and after each work: what follows one precedes the next.
+            _probe(dtype, device, rates, say)
+            for mode, (shape, batch) in itertools.product(modes, batches.items()):
+                labelled = batch.labelled if mode == "training" else 0
+                operations = flops(config, batch.lengths, mode == "training", labelled)
+                work = _new_work(batch, shape, mode, dtype, operations)
+                _measure(work, options, config, state_dict, batch.to(device), say)
+                works.append((work, operations))
+                _probe(dtype, device, rates, say)
+    for work, operations in works:
+        # The best rates of the whole run: a machine that others use shows them at times only.
+        work.floor_milliseconds = floor(operations, FORMATS[work.dtype], rates) * 1e3
         for row in work.rows:
             row.times_floor = None if row.milliseconds is None else row.milliseconds / work.floor_milliseconds
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
         "machine": _machine(device),
         "versions": _versions(),
         "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
         "text": {"source": text.source, "sha256": text.sha256},
         "config": config.to_dict(),
-        "matrix_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in rates.items()},
         "backends": backends,
-        "works": [asdict(work) for work in works],
+        "works": [asdict(work) for work, _ in works],
     }
 
 
@@ -181,9 +196,16 @@ def _measure(
             row.peak_bytes = workers[row.peer].peak_bytes()
 
 
-def _new_work(config: AlbertConfig, batch: Batch, shape: Shape, mode: str, dtype: str) -> Work:
-    operations = flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
-    return Work(mode, dtype, str(shape), batch.tokens, batch.fill, batch.labelled, operations / 1e9, None, [])
+def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
+    """Raises `rates` to what is seen now, for each kind of numbers that `dtype` computes with."""
+    say(f"{dtype}: how fast this machine multiplies matrices")
+    for numbers in dict.fromkeys((FORMATS[dtype].products, FORMATS[dtype].attention)):
+        rates[numbers] = max(rates.get(numbers, 0.0), matrix_rate(numbers, device))
+
+
+def _new_work(batch: Batch, shape: Shape, mode: str, dtype: str, operations: Operations) -> Work:
+    gflop, attention_gflop = operations.total / 1e9, operations.attention / 1e9
+    return Work(mode, dtype, str(shape), batch.tokens, batch.fill, batch.labelled, gflop, attention_gflop, None, [])
 
 
 def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:

@@ -73,7 +73,7 @@ struct BackwardWorker {
         for (int64_t j = 0; j < shape.d_panels; ++j)
           backward.by_lines.of[blocks.rows(b)](m.lines + blocks.begin(b) * kGradientRun * steps,
                                                m.key_features + (j * panels + p) * steps * kPanel, run * steps,
-                                               grad_query_tile(blocks, b, j), p > 0);
+                                               grad_query_tile(blocks, b, j), p > 0, {});
     }
     store_grad_queries(first, blocks, end > 0);
   }
@@ -145,8 +145,8 @@ struct BackwardWorker {
       const MicroKernel kernel = backward.by_lines.of[blocks.rows(b)];
       const int64_t begin = blocks.begin(b), rows_at = begin * shape.d_steps;
       soon.step(shape.d);
-      kernel(m.queries + rows_at, m.keys + at, shape.d_steps, m.scores + begin * kPanel, false);
-      kernel(m.grad_outputs + rows_at, m.values + at, shape.d_steps, m.grad_probabilities + begin * kPanel, false);
+      kernel(m.queries + rows_at, m.keys + at, shape.d_steps, m.scores + begin * kPanel, false, {});
+      kernel(m.grad_outputs + rows_at, m.values + at, shape.d_steps, m.grad_probabilities + begin * kPanel, false, {});
     }
     const bool ready = scores.ready(key, keys_seen(a, *row, first), 1);
     for (int64_t r = 0; r < blocks.size && !ready; ++r)
@@ -161,8 +161,8 @@ struct BackwardWorker {
       const MicroKernel kernel = backward.by_steps.of[features.rows(b)];
       soon.step(shape.d);
       const int64_t begin = features.begin(b), sums = (p * shape.d_rows() + begin) * kPanel;
-      kernel(m.grad_output_features + begin * steps, m.probabilities_out, steps, m.grad_values + sums, true);
-      kernel(m.query_features + begin * steps, m.grad_scores_out, steps, m.grad_keys + sums, true);
+      kernel(m.grad_output_features + begin * steps, m.probabilities_out, steps, m.grad_values + sums, true, {});
+      kernel(m.query_features + begin * steps, m.grad_scores_out, steps, m.grad_keys + sums, true, {});
     }
   }
 

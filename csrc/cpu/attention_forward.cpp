@@ -84,7 +84,7 @@ struct ForwardWorker {
       for (int64_t i = 0; i < count; ++i) {
         soon.step(shape.d);
         kernel(scratch.query, scratch.keys + (p + i) * shape.d_steps * kPanel, shape.d_steps, scratch.scores + i * tile,
-               false);
+               false, {});
       }
       const bool ready = scores.ready(p * kPanel, keys_seen(a, row, first), count);
       for (int r = 0; r < rows && !ready; ++r)
@@ -100,7 +100,7 @@ struct ForwardWorker {
       for (int64_t i = 0; i < shape.d_panels; ++i)
         kernel(scratch.probabilities,
                scratch.values + (i * value_steps(row) + p * shape.steps_per_panel()) * kPanel,
-               count * shape.steps_per_panel(), scratch.output + i * tile, p > 0);
+               count * shape.steps_per_panel(), scratch.output + i * tile, p > 0, {});
     }
     if (panels == 0) __builtin_memset(scratch.output, 0, static_cast<size_t>(rows * shape.d_panels * kPanel) * 4);
   }

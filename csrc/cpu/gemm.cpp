@@ -1,5 +1,5 @@
-// y = epilogue(x . weight^T). Each task has a rectangle of y. It packs a chunk of rows of x, which then stays in L2
-// while the weight's panels pass by: each panel is read from L3 once a chunk, and from L2 once for each of its blocks.
+// y = epilogue(x . weight^T), by rectangles of y. A task packs a chunk of rows of x, which then stays in L2 while the
+// weight's panels pass by: each panel is read from L3 once a chunk, and from L2 once for each of its blocks.
 // Compiled once per instruction set.
 #include "gemm_epilogue.h"
 #include "gemm_kernels.h"
@@ -13,19 +13,25 @@ namespace {
 struct Plan {
   const PackedWeight& weight;
   Grid grid;
-  int64_t rows;                     // in a chunk
+  int64_t blocks, chunks;           // of rows, in all
+  int64_t rows;                     // in the largest chunk
   size_t packed, quantized, sums;   // bytes of a task's workspace for each
   size_t shared_sums;               // LayerNorm over rows that several tasks share: one [m][n] for all
-  size_t task_bytes() const { return packed + quantized + sums; }
-  size_t bytes() const { return task_bytes() * grid.rows * grid.panels + shared_sums; }
+  int tasks() const { return grid.rows * grid.panels; }
+  size_t task_bytes() const { return kCacheLine + packed + quantized + sums; }
+  size_t bytes() const { return task_bytes() * tasks() + shared_sums; }
 };
 
 bool norm_in_scratch(const albert_gemm_args& args) { return args.ln_weight != nullptr && args.y_dtype == ALBERT_BF16; }
 
 Plan make_plan(const albert_gemm_args& args, int threads) {
   const auto& w = *static_cast<const PackedWeight*>(args.weight);
-  Plan plan{w, choose_grid(threads, args.m, w.panels()), 0, 0, 0, 0, 0};
-  plan.rows = smaller(chunk_rows(w.steps), divide_up(args.m, plan.grid.rows));
+  Plan plan{w, choose_grid(threads, args.m, w.panels()), 0, 0, 0, 0, 0, 0, 0};
+  plan.blocks = larger(divide_up(args.m, kMaxRows), plan.grid.rows);
+  // As many chunks for each task, where there are enough rows.
+  const int64_t chunks = divide_up(plan.blocks, chunk_rows(w.steps) / kMaxRows);
+  plan.chunks = smaller(divide_up(chunks, plan.grid.rows) * plan.grid.rows, plan.blocks);
+  plan.rows = smaller(divide_up(plan.blocks, plan.chunks) * kMaxRows, args.m);
   plan.packed = static_cast<size_t>(plan.rows * w.steps * 4);
   plan.packed = round_up(plan.packed, kCacheLine);
   if (w.dtype == ALBERT_INT8) plan.quantized = round_up(static_cast<size_t>(plan.rows * 8 + w.k), kCacheLine);
@@ -37,25 +43,29 @@ Plan make_plan(const albert_gemm_args& args, int threads) {
 
 // A task's share of the workspace.
 struct Scratch {
+  int64_t* drawn;  // chunks of the task's own
   char* packed;
   float* x_scale;
   int32_t* x_zero;
   uint8_t* buffer;
   float* sums;
   Scratch(const Plan& plan, char* base)
-      : packed(base),
-        x_scale(reinterpret_cast<float*>(base + plan.packed)),
+      : drawn(reinterpret_cast<int64_t*>(base)),
+        packed(base + kCacheLine),
+        x_scale(reinterpret_cast<float*>(packed + plan.packed)),
         x_zero(reinterpret_cast<int32_t*>(x_scale + plan.rows)),
         buffer(reinterpret_cast<uint8_t*>(x_zero + plan.rows)),
-        sums(reinterpret_cast<float*>(base + plan.packed + plan.quantized)) {}
+        sums(reinterpret_cast<float*>(packed + plan.packed + plan.quantized)) {}
 };
 
 // What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
 struct Chunk {
-  int64_t first, rows, panel_begin, panel_end;
-  int64_t blocks() const { return divide_up(rows, kMaxRows); }
-  int64_t block_begin(int64_t b) const { return part_begin(rows, blocks(), b); }  // counted from `first`
-  int block_rows(int64_t b) const { return static_cast<int>(block_begin(b + 1) - block_begin(b)); }
+  int64_t m, all_blocks, first_block, blocks, panel_begin, panel_end;
+  int64_t row(int64_t b) const { return part_begin(m, all_blocks, first_block + b); }
+  int64_t first() const { return row(0); }
+  int64_t end() const { return row(blocks); }
+  int64_t block_begin(int64_t b) const { return row(b) - first(); }
+  int block_rows(int64_t b) const { return static_cast<int>(row(b + 1) - row(b)); }
 };
 
 template <class T>
@@ -87,13 +97,22 @@ void pack(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s,
 }
 
 // A block of packed rows times one panel, into the tile.
-void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x, const char* panel, float* tile) {
+void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x, const char* panel, float* tile,
+              Soon soon) {
   int64_t step = 0;
   do {  // once even if k == 0: the tile must be zeroed
     const int64_t steps = smaller(kStepsPerSum, w.steps - step);
-    kernel(x + step * rows * 4, panel + step * kPanel * 4, steps, tile, step > 0);
+    kernel(x + step * rows * 4, panel + step * kPanel * 4, steps, tile, step > 0, soon);
     step += steps;
+    soon.data += steps / kLine * soon.lines * kCacheLine;
   } while (step < w.steps);
+}
+
+// Block b's share of the panel that comes a group later.
+Soon share_of(const PackedWeight& w, int64_t panel, int64_t b, int64_t blocks) {
+  constexpr int64_t per_line = kPanel * 4 / kCacheLine;
+  const int64_t lines = round_up(divide_up(kLine * per_line, blocks), 4);
+  return {w.panel_data(panel) + b * (w.steps / kLine) * lines * kCacheLine, static_cast<int>(lines)};
 }
 
 // t gets everything up to LayerNorm. Y is y's format.
@@ -103,10 +122,10 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
   alignas(64) float tile[kMaxRows * kPanel];
   const int64_t group = panel_group(w.steps);
   for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += group)
-    for (int64_t b = 0; b < chunk.blocks(); ++b) {
-      const int64_t begin = chunk.block_begin(b), row = chunk.first + begin;
+    for (int64_t b = 0; b < chunk.blocks; ++b) {
+      const int64_t begin = chunk.block_begin(b), row = chunk.row(b);
       const int rows = chunk.block_rows(b);
-      if (g == chunk.panel_begin) pack(args, w, s, chunk.first, begin, rows);
+      if (g == chunk.panel_begin) pack(args, w, s, chunk.first(), begin, rows);
       for (int64_t p = g; p < smaller(g + group, chunk.panel_end); ++p) {
         const int64_t column = p * kPanel;
         const int columns = static_cast<int>(smaller(kPanel, w.n - column));
@@ -114,7 +133,8 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
         constexpr int per_line = 64 / sizeof(T);
         for (int r = 0; r < rows; ++r)  // t's lines arrive while the tile is computed
           for (int c = 0; c < columns; c += per_line) __builtin_prefetch(out + r * t.stride + c, 1);
-        multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile);
+        multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
+                 share_of(w, smaller(p + group, chunk.panel_end - 1), b, chunk.blocks));
         const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
         if (w.dtype == ALBERT_INT8)
           dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
@@ -139,7 +159,7 @@ template <class Y>
 void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const albert_parallel* parallel) {
   const PackedWeight& w = plan.weight;
   const Grid grid = plan.grid;
-  const int tasks = grid.rows * grid.panels;
+  const int tasks = plan.tasks();
   const bool norm = args.ln_weight != nullptr, whole_rows = grid.panels == 1;
   const KernelTable kernels(w.unit, RowLayout::lines);
   float* shared = reinterpret_cast<float*>(workspace + plan.task_bytes() * tasks);
@@ -150,19 +170,26 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
     return {static_cast<float*>(args.y), args.y_stride, 0};
   };
 
+  const auto scratch_of = [&](int index) { return Scratch(plan, workspace + plan.task_bytes() * index); };
+  // Each task has chunks of its own, whose rows its core has in cache from the last product. Who is done with those
+  // takes what a slower one has not begun.
+  for (int i = 0; i < tasks; ++i) *scratch_of(i).drawn = part_begin(plan.chunks, grid.rows, i / grid.panels);
   auto task = [&](int index) {
-    const Scratch s(plan, workspace + plan.task_bytes() * index);
-    const int i = index / grid.panels, j = index % grid.panels;
-    const int64_t begin = part_begin(args.m, grid.rows, i), rows = part_begin(args.m, grid.rows, i + 1) - begin;
-    const int64_t chunks = divide_up(rows, plan.rows);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = part_begin(rows, chunks, c), end = part_begin(rows, chunks, c + 1);
-      const Chunk chunk{begin + first, end - first, part_begin(w.panels(), grid.panels, j),
-                        part_begin(w.panels(), grid.panels, j + 1)};
+    const Scratch s = scratch_of(index);
+    for (int turn = 0; turn < tasks;) {
+      const int owner = (index + turn) % tasks, i = owner / grid.panels, j = owner % grid.panels;
+      const int64_t c = __atomic_fetch_add(scratch_of(owner).drawn, 1, __ATOMIC_RELAXED);
+      if (c >= part_begin(plan.chunks, grid.rows, i + 1)) {
+        ++turn;
+        continue;
+      }
+      const int64_t block = part_begin(plan.blocks, plan.chunks, c);
+      const Chunk chunk{args.m, plan.blocks, block, part_begin(plan.blocks, plan.chunks, c + 1) - block,
+                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1)};
       if (norm) {
-        const Rows<float> t = before_norm(s.sums, chunk.first);
+        const Rows<float> t = before_norm(s.sums, chunk.first());
         run_chunk<Y>(args, w, kernels, s, chunk, t);
-        if (whole_rows) normalize<Y>(args, w.n, begin + first, begin + end, t);  // while they are in cache
+        if (whole_rows) normalize<Y>(args, w.n, chunk.first(), chunk.end(), t);  // while they are in cache
       } else {
         run_chunk<Y>(args, w, kernels, s, chunk, Rows<Y>{static_cast<Y*>(args.y), args.y_stride, 0});
       }

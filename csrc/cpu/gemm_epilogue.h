@@ -27,16 +27,17 @@ inline void add_bias(float* tile, int rows, const float* bias, int columns) {
   }
 }
 
-// int32 to float32 in place: scale_x scale_w (sum - zero_x column_sum). The difference is exact: k <= 65536.
+// int32 to float32 in place: scale_x scale_w (sum - zero_x column_sum) + bias. Exact but for the conversions of sums
+// beyond 2^24, and one rounding of the difference.
 inline void dequantize(float* tile, int rows, const float* x_scale, const int32_t* x_zero, const float* w_scale,
                        const int32_t* w_sum, const float* bias, int columns) {
   for (int c = 0; c < kPanel; c += kLanes) {
     const F scale = load(w_scale + c), b = bias == nullptr ? zero() : load_columns(bias + c, columns - c);
-    const I w = load(w_sum + c);
+    const F w = to_float(load(w_sum + c));
     for (int r = 0; r < rows; ++r) {
       float* p = tile + r * kPanel + c;
-      const I sums = sub(load(reinterpret_cast<const int*>(p)), mul(w, set(x_zero[r])));
-      store(p, fma(to_float(sums), mul(scale, set(x_scale[r])), b));
+      const F sums = to_float(load(reinterpret_cast<const int*>(p)));
+      store(p, fma(fnma(w, set(static_cast<float>(x_zero[r])), sums), mul(scale, set(x_scale[r])), b));
     }
   }
 }

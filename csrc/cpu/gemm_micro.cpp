@@ -49,7 +49,7 @@ ALBERT_INLINE void store_sum(void* p, F x) { store(static_cast<float*>(p), x); }
 ALBERT_INLINE void store_sum(void* p, I x) { store(static_cast<int*>(p), x); }
 
 template <class Dot, RowLayout layout, int rows>
-void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate) {
+void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate, Soon soon) {
   using Sum = typename Dot::Sum;
   constexpr int unroll = 4;
   constexpr long row_stride = layout == RowLayout::lines ? kLine : 1;
@@ -64,6 +64,7 @@ void tile_kernel(const void* row_units, const void* panel, long steps, void* til
 
   for (; steps > 0; steps -= kLine) {
     for (int part = 0; part < kLine / unroll; ++part) {
+      for (int i = 0; i < soon.lines; i += kLine / unroll, soon.data += 64) _mm_prefetch(soon.data, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int s = 0; s < unroll; ++s) {
         I column[kColumns];

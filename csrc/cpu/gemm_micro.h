@@ -17,8 +17,15 @@ constexpr int kLine = 16;  // units in a cache line
 enum class Unit : int { f32 = 0, bf16x2 = 1, s16x2 = 2, u8s8x4 = 3 };
 enum class RowLayout : int { lines, steps };
 
+// What a kernel asks L2 for beside its own work: `lines` cache lines every kLine steps. A weight that streams from L3
+// comes at 10 bytes a cycle and core, which few rows' products outrun.
+struct Soon {
+  const char* data = nullptr;
+  int lines = 0;
+};
+
 // tile[row][kPanel] (float32, or int32 for integer units) = rows . columns, or += with accumulate.
-using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate);
+using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate, Soon soon);
 
 // The kernel for so many rows; null where this instruction set has none for these units.
 namespace avx2 {

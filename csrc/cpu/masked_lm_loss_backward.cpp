@@ -77,7 +77,7 @@ struct Backward {
     float* out = own.x_sums + p * a.size * kTokens;
     for (int64_t b = 0; b < size_blocks(); ++b)
       steps.of[size_rows(b)](own.words_columns + size_begin(b) * group.padded(), own.tile, group.padded(),
-                             out + size_begin(b) * kTokens, accumulate);
+                             out + size_begin(b) * kTokens, accumulate, {});
   }
 
   // The span's tokens begin with panel `first`.
@@ -87,7 +87,7 @@ struct Backward {
         const int rows = group.block_rows(b);
         lines.of[rows](own.lines + group.block_begin(b) * kSpan,
                        m.columns + (e * s.block_tokens + first * kTokens) * kPanel, panels * kTokens,
-                       own.table_sums + (group.block_begin(b) * size_panels(a) + e * rows) * kPanel, first > 0);
+                       own.table_sums + (group.block_begin(b) * size_panels(a) + e * rows) * kPanel, first > 0, {});
       }
   }
 

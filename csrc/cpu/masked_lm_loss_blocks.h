@@ -146,7 +146,7 @@ inline void logit_tile(const LossShape& s, const KernelTable& kernels, const Wor
     do {
       const int64_t steps = smaller(kStepsPerSum, s.steps - step);
       kernels.of[rows](words + (group.block_begin(b) * s.steps + step * rows) * 4, panel + step * kPanel * 4, steps,
-                       tile + group.block_begin(b) * kTokens, step > 0);
+                       tile + group.block_begin(b) * kTokens, step > 0, {});
       step += steps;
     } while (step < s.steps);
   }

@@ -12,10 +12,13 @@ struct RowScale {
 // The range always holds 0, so that 0 is exact. NaN and infinity make the scale NaN: a wrong row must not look right.
 template <class Source>
 inline RowScale row_scale(const Source* x, int64_t k) {
-  F low[2] = {zero(), zero()}, high[2] = {zero(), zero()}, poison[2] = {zero(), zero()};
+  constexpr int chains = 4;
+  F low[chains], high[chains], poison[chains];
+  for (int i = 0; i < chains; ++i) low[i] = high[i] = poison[i] = zero();
   int64_t j = 0;
-  for (; j + 2 * kLanes <= k; j += 2 * kLanes)
-    for (int i = 0; i < 2; ++i) {
+  for (; j + chains * kLanes <= k; j += chains * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) {
       const F v = load(x + j + i * kLanes);
       low[i] = min(v, low[i]);
       high[i] = max(v, high[i]);
@@ -27,17 +30,21 @@ inline RowScale row_scale(const Source* x, int64_t k) {
     high[0] = max(v, high[0]);
     poison[0] = fma(v, zero(), poison[0]);
   }
-  const float lowest = min(min(low[0], low[1])), highest = max(max(high[0], high[1]));
+  for (int i = 1; i < chains; ++i) {
+    low[0] = min(low[0], low[i]);
+    high[0] = max(high[0], high[i]);
+    poison[0] = add(poison[0], poison[i]);
+  }
+  const float lowest = min(low[0]), highest = max(high[0]);
   const float scale = (highest - lowest) / 255.0f;
   // A row of zeros, or one too small to divide by: everything becomes the zero point.
   const float inverse = scale > 1e-36f ? 1.0f / scale : 0.0f;
-  return {scale + sum(add(poison[0], poison[1])), inverse, static_cast<int>(-lowest * inverse + 0.5f)};
+  return {scale + sum(poison[0]), inverse, static_cast<int>(-lowest * inverse + 0.5f)};
 }
 
 ALBERT_INLINE I quantize(F x, const RowScale& row) {
-  // Clamped as a float: a NaN becomes 255, not an integer out of range.
-  const F q = fma(x, set(row.inverse), set(static_cast<float>(row.zero)));
-  return to_int(max(zero(), min(q, set(255.0f))));
+  // The lowest may come out a rounding below -0.5; the highest, as 256, is store_u8's.
+  return to_int(max(zero(), fma(x, set(row.inverse), set(static_cast<float>(row.zero)))));
 }
 
 template <class Source>

@@ -91,9 +91,9 @@ ALBERT_INLINE F interleave(F a, F b) {
 }
 ALBERT_INLINE void store(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
 ALBERT_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
-// Values already in [0, 255].
+// Values beyond 255 become 255; none is negative, but what came from a NaN.
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(x));
 }
 
 #else

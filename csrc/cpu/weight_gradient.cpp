@@ -90,7 +90,7 @@ struct Run {
           const float* out = a.gradient + block_begin(b) * a.gradient_stride + p * kPanel;
           for (int r = 0; r < block_rows(b); ++r, out += a.gradient_stride)
             for (int c = 0; c < panel_columns(p); c += 16) __builtin_prefetch(out + c, 1);
-          kernels.of[block_rows(b)](rows + block_begin(b) * steps, panels + p * kPanel * steps, steps, tile, false);
+          kernels.of[block_rows(b)](rows + block_begin(b) * steps, panels + p * kPanel * steps, steps, tile, false, {});
           add_tile(tile, b, p);
         }
   }

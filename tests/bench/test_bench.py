@@ -1,7 +1,10 @@
 """`albert-fast bench` from its options to its report, on models that take no time."""
 
 import argparse
+import itertools
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertModel, cli
-from albert_fast.bench import parity, peers, run
-from albert_fast.bench.arguments import DEFAULT_PEERS, PEERS, Shape, add_to, options_from
+from albert_fast.bench import flops, parity, peers, run
+from albert_fast.bench.arguments import DEFAULT_PEERS, DTYPES, MODES, PEERS, Shape, add_to, options_from
+from albert_fast.bench.checkout import commit_of
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
-from albert_fast.bench.flops import flops
+from albert_fast.bench.formats import FORMATS
 from albert_fast.bench.peers.albert_fast import AlbertFast
 from albert_fast.bench.report import markdown, print_report
 from albert_fast.bench.worker import Worker, WorkerError, interleave
@@ -26,6 +30,18 @@ TINY = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "max_position_embeddings": 64,
+}
+
+# The products that attention is made of, where PyTorch computes it with two of them.
+BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+# More than, less than. What is computed in bfloat16 is further off than anything in float32 may be.
+ERRORS = {
+    "float64": (-1.0, 1e-12),
+    "float32": (1e-12, 1e-4),
+    "bfloat16": (1e-4, 0.1),
+    "autocast": (1e-4, 0.1),
+    "int8": (1e-5, 0.1),
 }
 
 
@@ -50,9 +66,16 @@ def tokenizer(text):
     return load_tokenizer(None, text)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch(tokenizer, text) -> Batch:
     return make_batch(tokenizer, text, Shape(5, 24, ragged=True))
+
+
+@pytest.fixture(autouse=True)
+def quick_probes(monkeypatch):
+    """The machine's rate from products that take no time: nobody looks at its value here."""
+    monkeypatch.setattr(flops, "_CPU_SIZES", ((64, 64, 64),))
+    monkeypatch.setattr(flops, "_PROBE_SECONDS", 0.0)
 
 
 def options(*arguments: str):
@@ -135,19 +158,56 @@ def test_flops_are_those_that_torch_counts(config, batch):
     model = AlbertModel(config, add_pooling_layer=False).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**batch.inputs(), output_attentions=True)
-    assert counter.get_total_flops() == flops(config, batch.lengths, training=False, labelled=0)
+    products = counter.get_flop_counts()["Global"]
+    attention = sum(count for operation, count in products.items() if operation in BATCHED)
+    counted = flops.flops(config, batch.lengths, training=False, labelled=0)
+    assert counter.get_total_flops() == counted.total
+    assert attention == counted.attention
 
 
 def test_flops_of_the_published_table():
     """ALBERT-base trains a sequence of 512 tokens, 15 % of them predicted, in 0.292 TFLOP."""
-    assert flops(AlbertConfig.base(), [512], training=True, labelled=77) == pytest.approx(0.292e12, rel=2e-3)
+    counted = flops.flops(AlbertConfig.base(), [512], training=True, labelled=77)
+    assert counted.total == pytest.approx(0.292e12, rel=2e-3)
+
+
+def test_the_floor_of_int8_has_attention_in_bfloat16():
+    operations = flops.Operations(products=300, attention=40)
+    rates = {torch.int8: 100.0, torch.bfloat16: 20.0, torch.float32: 10.0}
+    seconds = {name: flops.floor(operations, FORMATS[name], rates) for name in ("int8", "autocast", "float32")}
+    assert seconds == {"int8": 3.0 + 2.0, "autocast": 17.0, "float32": 34.0}
+
+
+def test_a_rate_is_one_that_lasts(monkeypatch):
+    """A call that is faster than those around it does not count; of several products the best one does."""
+    now = 0.0
+
+    def product(*seconds):
+        coming = itertools.cycle(seconds)
+
+        def call():
+            nonlocal now
+            now += next(coming)
+
+        return call
+
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(flops, "_PROBE_SECONDS", 100.0)
+    monkeypatch.setattr(flops, "_products", lambda *which: iter([product(1.0, 8.0, 8.0), product(3.0, 4.0, 4.0)]))
+    assert flops.matrix_rate(torch.float32, CPU) == 2 * 64**3 / 4.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_every_rate_is_found(dtype):
+    assert flops.matrix_rate(dtype, CPU) > 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- parity
 
 
-def test_the_options_name_every_peer():
+def test_the_options_name_every_peer_and_format():
     assert set(PEERS) == set(peers.PEERS)
+    assert {*DTYPES, "float64"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -157,13 +217,40 @@ def test_every_peer_is_right(name, mode, config, batch):
     expected = parity.oracle(config, state, batch, mode)
     peer = peers.PEERS[name]()
     served = 0
-    for dtype, bound in (("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 0.1), ("int8", 0.1)):
+    for dtype, (least, most) in ERRORS.items():
         if peer.refuses(mode, dtype, "cpu") is None:
             peer.build(config, state, dtype, CPU, batch)
-            assert parity.error(parity.results(peer, batch, mode), expected) < bound, dtype
+            results = parity.results(peer, batch, mode)
+            assert least < parity.error(results, expected) < most, dtype
+            if (mode, dtype) == ("training", "autocast"):
+                del results["loss"]
+                assert {gradient.dtype for gradient in results.values()} == {torch.float32}
             served += 1
     if served == 0:
         pytest.skip(peer.refuses(mode, "float32", "cpu"))
+
+
+def test_every_work_has_a_limit():
+    assert set(parity._LARGEST) == set(itertools.product(MODES, DTYPES)) - {("training", "int8")}
+
+
+@pytest.mark.parametrize(("mode", "dtype"), list(parity._LARGEST))
+def test_this_package_is_within_its_limit(mode, dtype, config, batch):
+    # Seeded as the benchmark is: with 30 other seeds the worst gradient was up to 1.8 times the yardstick's, which says
+    # more of the draw than of the package where all is this small.
+    torch.manual_seed(0)
+    state = AlbertForMaskedLM(config).state_dict()
+    expected = parity.oracle(config, state, batch, mode)
+    ours, theirs = parity.limits(config, state, batch, mode, dtype, expected)
+    peer = AlbertFast()
+    peer.build(config, state, dtype, CPU, batch)
+    assert parity.error(parity.results(peer, batch, mode), expected) <= ours <= theirs
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_who_has_no_autocast_says_so(name, monkeypatch):
+    monkeypatch.setattr(peers.PEERS[name], "packages", ())
+    assert "not autocast" in peers.PEERS[name]().refuses("inference", "autocast", "cpu")
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -201,11 +288,19 @@ def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
 
     monkeypatch.setitem(peers.PEERS, "absent", Absent)
     monkeypatch.setattr(run, "Worker", Wrong)
+    rates = iter((1e9, 3e9, 2e9))
+    monkeypatch.setattr(run, "matrix_rate", lambda dtype, device: next(rates))
+    monkeypatch.setattr(run, "commit_of", lambda package: f"{'0123456789' * 4}+dirty" if package.is_dir() else None)
     arguments = ["--config", config_file, "--shapes", "2x16", "--repeats", "1"]
     chosen = run.replace(options(*arguments), compare=("albert_fast", "reference", "absent"))
     console = Console(record=True, width=100)
     report = run.run(chosen, console)
+    assert next(rates, None) is None, "one probe before the first work, and one after each"
+    assert report["matrix_gflops"] == {"float32": 3.0}
+    assert report["commit"] == f"{'0123456789' * 4}+dirty"
+    assert [work["mode"] for work in report["works"]] == ["inference", "training"]
     for work in report["works"]:
+        assert work["floor_milliseconds"] == pytest.approx(work["gflop"] / 3.0 * 1e3)
         ours, wrong, absent = work["rows"]
         assert ours["passed"]
         assert ours["milliseconds"] > 0.0
@@ -219,6 +314,9 @@ def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
     printed = console.export_text()
     assert "WRONG" in printed
     assert "abacus_of_nowhere not installed" in printed
+    assert "; commit 0123456+dirty\n" in printed
+    assert "; commit 0123456+dirty\n" in markdown(report)
+    assert "commit" not in markdown({**report, "commit": None})
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -271,16 +369,53 @@ def test_a_worker_that_fails_says_why(config):
         worker.close()
 
 
+# -------------------------------------------------------------------------------------------------------------- commit
+
+
+def test_the_commit(tmp_path, monkeypatch):
+    """Of a checkout whose top holds the package, and of nothing else."""
+    for variable in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def git(*arguments):
+        who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(tmp_path / "top"), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package, inner = tmp_path / "top" / "package", tmp_path / "top" / "site" / "package"
+    for directory in (package, inner):
+        directory.mkdir(parents=True)
+        (directory / "__init__.py").write_text("1\n")
+    assert commit_of(package) is None
+    git("init", "-q")
+    assert commit_of(package) is None
+    git("add", "site")
+    git("commit", "-q", "-m", "without the package")
+    assert commit_of(package) is None
+    git("add", ".")
+    git("commit", "-q", "-m", "with it")
+    head = git("rev-parse", "HEAD")
+    assert len(head) >= 40
+    assert commit_of(package) == head
+    assert commit_of(inner) is None
+    (tmp_path / "top" / "notes").write_text("of nobody's")
+    assert commit_of(package) == head
+    (package / "__init__.py").write_text("2\n")
+    assert commit_of(package) == f"{head}+dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(package) is None
+
+
 # --------------------------------------------------------------------------------------------------------- all of it
 
 
 def test_the_command(config_file, tmp_path, capsys):
     file = tmp_path / "report.json"
-    arguments = ["--config", config_file, "--shapes", "2x16,3x24:ragged", "--dtype", "float32,bfloat16"]
+    arguments = ["--config", config_file, "--shapes", "3x24:ragged", "--mode", "inference", "--dtype", "autocast,int8"]
     assert cli.main(["bench", *arguments, "--repeats", "2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(file.read_text())
-    assert len(report["works"]) == 2 * 2 * 2
+    assert [work["dtype"] for work in report["works"]] == ["autocast", "int8"]
     for work in report["works"]:
         assert [row["peer"] for row in work["rows"]] == list(DEFAULT_PEERS)
         for row in work["rows"]:
@@ -288,16 +423,28 @@ def test_the_command(config_file, tmp_path, capsys):
             assert row["milliseconds"] is None or len(row["all_milliseconds"]) == 2
         assert f"{work['mode']} {work['shape']}" in printed
     assert "pydoc_data.topics" in printed
-    assert markdown(report).count("\n| ") >= 8 * 4
+    assert markdown(report).count("\n| ") >= 2 * 4
+    autocast, int8 = report["works"]
+    assert all(row["passed"] for row in autocast["rows"])
+    rates = report["matrix_gflops"]
+    assert rates.keys() == {"bfloat16", "int8"}
+    assert autocast["floor_milliseconds"] == pytest.approx(autocast["gflop"] / rates["bfloat16"] * 1e3)
+    products, attention = int8["gflop"] - int8["attention_gflop"], int8["attention_gflop"]
+    seconds = products / rates["int8"] + attention / rates["bfloat16"]
+    assert int8["floor_milliseconds"] == pytest.approx(seconds * 1e3)
+    assert report["backends"].keys() == {"autocast", "int8"}
+    assert "commit" in report
 
 
 def test_a_model_and_its_vocabulary(tmp_path, tokenizer, capsys):
     model = AlbertForMaskedLM(AlbertConfig(**{**TINY, "hidden_dropout_prob": 0.1}))
     model.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--shapes", "2x16", "--repeats", "1"]
-    assert cli.main(["bench", *arguments, "--compare", "albert_fast"]) == 0
+    arguments = ["--model", str(tmp_path / "model"), "--repeats", "1", "--compare", "albert_fast", "--mode"]
+    assert cli.main(["bench", *arguments, "training", "--shapes", "2x16,3x24:ragged"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("training 2x16") < printed.index("training 3x24:ragged")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert cli.main(["bench", *arguments, "--compare", "albert_fast", "--layers", "1"]) == 0
+    assert cli.main(["bench", *arguments, "inference", "--shapes", "2x16", "--layers", "1"]) == 0
     assert "1 passes" in capsys.readouterr().out
     AlbertForMaskedLM(AlbertConfig(**{**TINY, "vocab_size": 100})).save_pretrained(tmp_path / "small")
     assert cli.main(["bench", "--model", str(tmp_path / "small"), "--shapes", "2x16"]) == 2

@@ -48,12 +48,13 @@ class AlbertFast(TorchPeer):
     backend: str | None = None
     dtypes = (*TorchPeer.dtypes, "int8")
 
+    def module(self, config: AlbertConfig) -> torch.nn.Module:
+        return AlbertForMaskedLM(config)
+
     def build(
         self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
     ) -> None:
-        self.model = AlbertForMaskedLM(config).to(device, torch.float32 if dtype == "int8" else getattr(torch, dtype))
-        self.model.load_state_dict(state_dict)
-        self.model.train()
+        super().build(config, state_dict, dtype, device, batch)
         if dtype == "int8":
             self.model.quantize()
 

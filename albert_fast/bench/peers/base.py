@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from albert_fast.bench.data import Batch
+from albert_fast.bench.formats import FORMATS, Format
 from albert_fast.config import AlbertConfig
 
 
@@ -21,7 +22,7 @@ class Peer(ABC):
         name: in the table and in the report.
         packages: what must be importable.
         modes, dtypes, devices: what it can be asked for. "int8" is for weights and activations of the encoder's
-            products, all else in float32.
+            products, all else in float32; "autocast" for float32 weights under torch.autocast to bfloat16.
     """
 
     name: str
@@ -66,17 +67,33 @@ class TorchPeer(Peer):
 
     Attributes:
         model: what `build` made.
+        numbers: what it computes with.
     """
 
+    dtypes = (*Peer.dtypes, "autocast")
     model: Any
+    numbers: Format
+
+    @abstractmethod
+    def module(self, config: AlbertConfig) -> torch.nn.Module:
+        """The model, with any weights."""
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        self.numbers = FORMATS[dtype]
+        self.model = self.module(config).to(device, self.numbers.weights)
+        self.model.load_state_dict(state_dict)
+        self.model.train()
 
     def inference(self, batch: Batch) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), self.numbers.forward(batch.input_ids.device):
             return self.model.albert(**batch.inputs()).last_hidden_state
 
     def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         self.model.zero_grad(set_to_none=True)
-        loss = self.model(**batch.inputs(), labels=batch.labels).loss
+        with self.numbers.forward(batch.input_ids.device):
+            loss = self.model(**batch.inputs(), labels=batch.labels).loss
         (loss * scale if scale != 1.0 else loss).backward()
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return loss.detach(), gradients

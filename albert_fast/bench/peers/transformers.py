@@ -16,17 +16,13 @@ class Transformers(TorchPeer):
     packages = ("transformers",)
     attention: str
 
-    def build(
-        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
-    ) -> None:
+    def module(self, config: AlbertConfig) -> torch.nn.Module:
         import transformers
 
         values = {key: value for key, value in config.to_dict().items() if key != "dtype"}
         theirs = transformers.AlbertConfig.from_dict(values)
         theirs._attn_implementation = self.attention
-        self.model = torch.nn.Module.to(transformers.AlbertForMaskedLM(theirs), device, getattr(torch, dtype))
-        self.model.load_state_dict(state_dict)
-        self.model.train()
+        return transformers.AlbertForMaskedLM(theirs)
 
 
 class TransformersEager(Transformers):
