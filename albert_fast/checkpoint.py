@@ -34,7 +34,7 @@ ENTRIES = (
     "pytorch_model.bin.index.json",
 )
 # Says that a model runs in int8 (see `albert_fast.quantization`).
-QUANTIZATION_FILE = "quantization.json"
+QUANTIZATION_FILE = "quantization.safetensors"
 TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.json",

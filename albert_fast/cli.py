@@ -90,7 +90,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from albert_fast import AlbertModel, quantization
+    from albert_fast import AlbertModel, PackedBatch, quantization
     from albert_fast.bench.data import read_text
     from albert_fast.checkpoint import convert
     from albert_fast.tokenizer import AlbertTokenizer
@@ -99,8 +99,11 @@ def _quantize(args: argparse.Namespace) -> int:
     tokenizer = AlbertTokenizer.from_pretrained(args.source)
     model = AlbertModel.from_pretrained(args.source)
     convert(args.source, args.target)
-    quantization.save(model.quantize(), args.target)
-    loss = quantization.accuracy_loss(model, tokenizer, text.paragraphs[:256])
+    # What calibrates is not what the loss is measured on, where there is enough text.
+    calibrating, measured = text.paragraphs[:32], text.paragraphs[32:288] or text.paragraphs
+    ids = tokenizer(list(calibrating), truncation=True, max_length=model.config.max_position_embeddings)["input_ids"]
+    quantization.write(model.quantize(calibration=PackedBatch.from_sequences(ids)), args.target)
+    loss = quantization.accuracy_loss(model, tokenizer, measured)
     print(f"wrote {args.target}\n{loss}; text: {text.source}")
     return 0
 

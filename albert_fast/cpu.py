@@ -16,7 +16,7 @@ from torch import Tensor
 from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
-from albert_fast.prepared import CODES, packed_weights
+from albert_fast.prepared import CODES, packed_weights, quantized_weights
 
 # csrc/cpu/gemm.h
 _ACTIVATIONS = {"tanh": 1, "none": 2, "relu": 3}
@@ -122,9 +122,13 @@ def _encoder(
     shape = (len(arguments[0]) + 1, *hidden.shape) if options.return_all else hidden.shape
     output = hidden.new_empty(shape)
     parameters = _as_served(parameters)
-    packed = packed_weights(parameters, torch.int8 if options.quantized else hidden.dtype)
+    corrections = None
+    if options.quantized:
+        packed, corrections = quantized_weights(parameters, options.input_means, arguments[0])
+    else:
+        packed = packed_weights(parameters, hidden.dtype)
     torch.ops.albert_fast_native.encoder(
-        hidden.contiguous(), parameters, packed, cu_seqlens.contiguous(), *arguments, kept, output
+        hidden.contiguous(), parameters, packed, cu_seqlens.contiguous(), *arguments, corrections, kept, output
     )
     return output
 

@@ -25,7 +25,7 @@ from albert_fast.activations import ACTIVATIONS
 from albert_fast.checkpoint import check_state_dict, read_state_dict, write_state_dict
 from albert_fast.config import AlbertConfig
 from albert_fast.ops.checks import check, describe, values_can_be_read
-from albert_fast.ops.encoder import RECOMPUTE
+from albert_fast.ops.encoder import RECOMPUTE, observe_input_means
 from albert_fast.outputs import (
     AlbertForPreTrainingOutput,
     BaseModelOutputWithPooling,
@@ -124,13 +124,17 @@ class AlbertTransformer(nn.Module):
     Attributes:
         recompute: what backward computes again instead of keeping it: "none", "ffn" or "layer" (see `ops.encoder`).
         quantized: whether the products are in int8: inference only (see `albert_fast.quantization`).
+        input_means: [passes, 3 hidden + inner], by which quantized products correct their biases; or None.
     """
+
+    input_means: Tensor | None
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = "none"
         self.quantized = False
+        self.register_buffer("input_means", None, persistent=False)
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
         self.albert_layer_groups = nn.ModuleList([AlbertLayerGroup(config) for _ in range(config.num_hidden_groups)])
 
@@ -150,20 +154,12 @@ class AlbertTransformer(nn.Module):
             not (self.quantized and self.training),
             "the model is quantized to int8, which does not train: model.eval(), or model.quantize(False) first",
         )
-        hidden = self.embedding_hidden_mapping_in(embedded)
-        groups = cast("list[AlbertLayerGroup]", list(self.albert_layer_groups))
-        layers = [cast(AlbertLayer, layer) for group in groups for layer in group.albert_layers]
         return ops.encoder(
-            hidden,
-            [tensor for layer in layers for tensor in layer.tensors()],
+            self.embedding_hidden_mapping_in(embedded),
+            self._parameters_of_layers(),
             batch.cu_seqlens,
             batch.max_seqlen,
-            num_layers=config.num_hidden_layers,
-            num_groups=config.num_hidden_groups,
-            inner_group_num=config.inner_group_num,
-            num_heads=config.num_attention_heads,
-            activation=config.hidden_act,
-            eps=config.layer_norm_eps,
+            **self._shape(),
             hidden_dropout_p=config.hidden_dropout_prob if self.training else 0.0,
             attention_dropout_p=config.attention_probs_dropout_prob if self.training else 0.0,
             seed=seed,
@@ -172,7 +168,31 @@ class AlbertTransformer(nn.Module):
             return_all=return_all,
             attentions=attentions,
             quantized=self.quantized,
+            input_means=self.input_means,
         )
+
+    def observe_input_means(self, embedded: Tensor, batch: PackedBatch) -> Tensor:
+        """What `input_means` is to be, for inputs like these."""
+        hidden = self.embedding_hidden_mapping_in(embedded)
+        return observe_input_means(
+            hidden, self._parameters_of_layers(), batch.cu_seqlens, batch.max_seqlen, **self._shape()
+        )
+
+    def _parameters_of_layers(self) -> list[Tensor]:
+        groups = cast("list[AlbertLayerGroup]", list(self.albert_layer_groups))
+        layers = [cast(AlbertLayer, layer) for group in groups for layer in group.albert_layers]
+        return [tensor for layer in layers for tensor in layer.tensors()]
+
+    def _shape(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "num_layers": config.num_hidden_layers,
+            "num_groups": config.num_hidden_groups,
+            "inner_group_num": config.inner_group_num,
+            "num_heads": config.num_attention_heads,
+            "activation": config.hidden_act,
+            "eps": config.layer_norm_eps,
+        }
 
 
 class AlbertMLMHead(nn.Module):
@@ -284,9 +304,9 @@ class AlbertPreTrainedModel(nn.Module):
         check(recompute in RECOMPUTE, f"recompute is {recompute!r}; one of {', '.join(RECOMPUTE)} was expected")
         self._base.encoder.recompute = recompute
 
-    def quantize(self: Model, quantized: bool = True) -> Model:
+    def quantize(self: Model, quantized: bool = True, *, calibration: PackedBatch | None = None) -> Model:
         """Switches the encoder's products to int8, for inference, or back (see `albert_fast.quantization`)."""
-        quantization.quantize(self, quantized)
+        quantization.quantize(self, quantized, calibration=calibration)
         return self
 
     @classmethod
@@ -333,7 +353,7 @@ class AlbertPreTrainedModel(nn.Module):
         if len(state) < len(expected):
             model.apply(model._init_weights)
         model.load_state_dict(state, strict=False)
-        quantization.load(model, directory)
+        quantization.read(model, directory)
         return model.eval()
 
     def save_pretrained(
@@ -355,7 +375,7 @@ class AlbertPreTrainedModel(nn.Module):
             safe_serialization=safe_serialization,
         )
         config.save_pretrained(directory)
-        quantization.save(self, directory)
+        quantization.write(self, directory)
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Cuts the word table, or lengthens it with new rows (and the decoder's, with bias 0)."""

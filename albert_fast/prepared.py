@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from albert_fast.ops.encoder import TENSORS_PER_LAYER
+from albert_fast.ops.encoder import corrections as encoder_corrections
 
 # csrc/cpu/gemm.h
 CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -54,6 +55,7 @@ class _Entry(NamedTuple):
     copies: tuple[Tensor, ...]  # of those without a version counter
     packed: list[Tensor]  # 4 a layer, or with the transposes 8
     has_transposes: bool
+    corrections: list[tuple[weakref.ref[Tensor], object, Tensor]]  # of biases, for the last input means: one or none
 
 
 _entries: dict[tuple[object, ...], _Entry] = {}
@@ -79,13 +81,32 @@ def forget() -> None:
 def packed_weights(parameters: list[Tensor], dtype: torch.dtype, transposes: bool = False) -> list[Tensor]:
     """The matrices of the layers, packed for products in `dtype`: for each layer query, key and value as one, dense,
     ffn, ffn_output, and with `transposes` the transpose of each after them."""
-    matrices = [
-        parameters[first + place] for first in range(0, len(parameters), TENSORS_PER_LAYER) for place in _MATRICES
-    ]
+    return _entry(parameters, dtype, transposes).packed
+
+
+def quantized_weights(
+    parameters: list[Tensor], input_means: Tensor | None, layer_of_pass: list[int]
+) -> tuple[list[Tensor], Tensor | None]:
+    """The same for products in int8, and what `albert_fast.ops.encoder.corrections` makes of `input_means`."""
+    entry = _entry(parameters, torch.int8, transposes=False)
+    if input_means is None:
+        return entry.packed, None
+    for_what = (_stamp(input_means), tuple(layer_of_pass))
+    for means, known_for, corrections in entry.corrections:
+        if means() is input_means and known_for == for_what:
+            return entry.packed, corrections
+    with torch.no_grad():
+        corrections = encoder_corrections(parameters, input_means, layer_of_pass).float().contiguous()
+    entry.corrections[:] = [(weakref.ref(input_means), for_what, corrections)]
+    return entry.packed, corrections
+
+
+def _entry(parameters: list[Tensor], dtype: torch.dtype, transposes: bool) -> _Entry:
+    matrices = _matrices(parameters)
     key = (*map(id, matrices), dtype, os.environ.get("ALBERT_FAST_ISA"))
     entry = _entries.get(key)
     if entry is not None and (entry.has_transposes or not transposes) and _is_good(entry, matrices):
-        return entry.packed
+        return entry
     with _lock:
         entry = _entries.get(key)
         good = entry is not None and _is_good(entry, matrices)
@@ -93,7 +114,11 @@ def packed_weights(parameters: list[Tensor], dtype: torch.dtype, transposes: boo
             # Weights that are being trained are packed in both ways from then on.
             transposes = transposes or (entry is not None and entry.has_transposes)
             entry = _entries[key] = _prepare(matrices, dtype, transposes, key)
-        return entry.packed
+        return entry
+
+
+def _matrices(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameters[first + place] for first in range(0, len(parameters), TENSORS_PER_LAYER) for place in _MATRICES]
 
 
 def _stamp(matrix: Tensor) -> tuple[int, int]:
@@ -130,7 +155,7 @@ def _prepare(matrices: list[Tensor], dtype: torch.dtype, transposes: bool, key: 
             layer = [torch.cat([query, key_, value]), *rest]
             sources += [*layer, *(matrix.t() for matrix in layer)] if transposes else layer
         packed = pack(sources, dtype)
-    return _Entry(references, stamps, fingerprint, copies, packed, transposes)
+    return _Entry(references, stamps, fingerprint, copies, packed, transposes, [])
 
 
 def pack(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

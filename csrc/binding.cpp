@@ -258,12 +258,13 @@ struct Encoder {
   }
 };
 
-// output: [tokens, hidden] or [passes + 1, tokens, hidden].
+// corrections: float32 [passes, 5 hidden + inner]; output: [tokens, hidden] or [passes + 1, tokens, hidden].
 void encoder(Tensor hidden, Tensors parameters, Tensors packed, Tensor cu_seqlens, std::vector<int64_t> layer_of_pass,
              int64_t heads, int64_t activation, double eps, double hidden_dropout_p, double attention_dropout_p,
-             int64_t seed, OptionalTensor bias, Tensors kept, Tensor output) {
+             int64_t seed, OptionalTensor bias, OptionalTensor corrections, Tensors kept, Tensor output) {
   Encoder e(hidden, parameters, packed, cu_seqlens, std::move(layer_of_pass), heads, activation, eps, hidden_dropout_p,
             attention_dropout_p, seed, bias, kept);
+  e.args.corrections = corrections.has_value() ? data<const float>(*corrections) : nullptr;
   e.args.input = data(hidden);
   e.args.output = data(output);
   e.args.all_states = output.dim() == 3;
@@ -613,7 +614,7 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
   m.def(
       "encoder(Tensor hidden, Tensor[] parameters, Tensor[] packed, Tensor cu_seqlens, int[] layer_of_pass, int heads, "
       "int activation, float eps, float hidden_dropout_p, float attention_dropout_p, int seed, Tensor? bias, "
-      "Tensor(a!)[] kept, Tensor(b!) output) -> ()");
+      "Tensor? corrections, Tensor(a!)[] kept, Tensor(b!) output) -> ()");
   m.def(
       "encoder_backward(Tensor grad_output, Tensor[] parameters, Tensor[] packed, Tensor cu_seqlens, "
       "int[] layer_of_pass, int heads, int activation, float eps, float hidden_dropout_p, float attention_dropout_p, "

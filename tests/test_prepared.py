@@ -214,17 +214,17 @@ def test_groups_share_nothing():
 
 def test_they_are_made_once_and_die_with_the_model(monkeypatch):
     made = []
-    prepare = prepared._prepare
-    monkeypatch.setattr(prepared, "_prepare", lambda *args: made.append(args[1:3]) or prepare(*args))
+    pack = prepared.pack
+    monkeypatch.setattr(prepared, "pack", lambda sources, dtype: made.append(len(sources)) or pack(sources, dtype))
     m, x = model(), torch.randn(5, 32)
     with torch.no_grad():
         for _ in range(3):
             run(tensors_of(m), x)
-    assert made == [(torch.float32, False)]
+    assert made == [4]
     for _ in range(3):
         run(tensors_of(m), x).sum().backward()
         m.zero_grad()
-    assert made == [(torch.float32, False), (torch.float32, True)]
+    assert made == [4, 8]
     copied = copy.deepcopy(m)
     with torch.no_grad():
         assert torch.equal(run(tensors_of(copied), x), run(tensors_of(m), x))

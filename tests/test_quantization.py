@@ -1,9 +1,8 @@
 """int8 models: what a user sees of them."""
 
-import json
-
 import pytest
 import torch
+from safetensors.torch import save
 
 import albert_fast
 from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertModel, PackedBatch, backends
@@ -64,6 +63,47 @@ def test_every_backend_rounds_alike(backend, model, ids, monkeypatch):
         assert relative_error(model(ids).last_hidden_state, expected) < 2e-3
 
 
+@pytest.mark.parametrize("backend", available())
+def test_biases_are_corrected_in_each_pass(backend, ids, monkeypatch):
+    """Each pass by its own means, each layer by its own weights: on every backend."""
+    shape = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
+    model = AlbertModel(AlbertConfig(**{**SHAPE, **shape})).eval()
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", backend)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("orm.bias"):  # inputs with a mean, as in a model that was trained
+                parameter.normal_()
+        expected = model(ids).last_hidden_state
+        model.quantize(calibration=PackedBatch.from_padded(torch.randint(5, 300, (8, 40))))
+        means = model.encoder.input_means
+        corrected = model(ids).last_hidden_state
+        model.encoder.input_means = None
+        plain = model(ids).last_hidden_state
+        model.encoder.input_means = means.flip(0)
+        wrong_passes = model(ids).last_hidden_state
+    assert means.shape == (8, 3 * 64 + 128)
+    assert relative_error(corrected, expected) < 0.8 * relative_error(plain, expected)
+    assert relative_error(wrong_passes, expected) > 1.1 * relative_error(corrected, expected)
+
+
+def test_calibration(model, ids):
+    batch = PackedBatch.from_padded(ids)
+    with torch.no_grad():
+        first_input = model.encoder.embedding_hidden_mapping_in(model.embeddings(batch, None))
+    model.quantize(calibration=batch)
+    torch.testing.assert_close(model.encoder.input_means[0, :64], first_input.mean(0))
+    by_hand = model.encoder.input_means
+    assert torch.equal(model.quantize().encoder.input_means, model.quantize().encoder.input_means)
+    assert not torch.equal(model.encoder.input_means, by_hand)
+    assert model.quantize(False).encoder.input_means is None
+    with pytest.raises(ValueError, match="no tokens"):
+        model.quantize(calibration=PackedBatch.from_padded(ids, torch.zeros_like(ids)))
+    with pytest.raises(IndexError, match="300"):
+        model.quantize(calibration=PackedBatch.from_padded(ids + 300))
+    assert not model.encoder.quantized
+    assert "input_means" not in "".join(model.state_dict())
+
+
 def test_padding_and_packing_change_nothing(model, ids):
     model.quantize()
     mask = torch.ones_like(ids)
@@ -104,16 +144,26 @@ def test_save_and_load(tmp_path, ids):
     assert other_head.encoder.quantized
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(loaded.albert.encoder.input_means, model.albert.encoder.input_means)
     assert {path.name for path in (tmp_path / "int8").iterdir()} == {"config.json", "model.safetensors", FILE}
     loaded.quantize(False).save_pretrained(tmp_path / "int8")
     assert not (tmp_path / "int8" / FILE).exists()
     assert not AlbertForMaskedLM.from_pretrained(tmp_path / "int8").albert.encoder.quantized
 
 
-@pytest.mark.parametrize(("content", "match"), [("{", "not JSON"), (json.dumps({"encoder": "int3"}), "int3")])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"{", "cannot be read"),
+        (save({}, {"encoder": "int3"}), "int3"),
+        (save({"other": torch.zeros(2)}, {"encoder": "int8"}), "other"),
+        (save({"input_means": torch.zeros(3, 319)}, {"encoder": "int8"}), r"\[3, 320\] was expected"),
+        (save({"input_means": torch.zeros(3, 320).long()}, {"encoder": "int8"}), "was expected"),
+    ],
+)
 def test_a_file_that_cannot_be_used(content, match, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / FILE).write_text(content)
+    (tmp_path / "model" / FILE).write_bytes(content)
     with pytest.raises(QuantizationError, match=match):
         AlbertModel.from_pretrained(tmp_path / "model")
 

@@ -43,7 +43,8 @@ def peer(trained, tmp_path):
 
 
 def random_text(longest: int = 60) -> str:
-    words = pydoc_data.topics.topics["strings"].split()
+    # Of a table's rules there are segmentations of equal score, from which transformers and sentencepiece choose differently.
+    words = [word for word in pydoc_data.topics.topics["strings"].split() if "==" not in word]
     if random.random() < 0.5:
         return " ".join(random.choices(words, k=random.randint(0, longest // 4)))
     return "".join(random.choices(ALPHABET, k=random.randint(0, longest)))
@@ -191,7 +192,7 @@ def test_truncation_equals_transformers(trained, peer, rule):
 def test_windows_equal_transformers(trained, peer, pair):
     for _ in range(40):
         # Of two quotes that become one transformers names the second, ours both.
-        words = [word for word in pydoc_data.topics.topics["strings"].split() if "''" not in word]
+        words = [word for word in pydoc_data.topics.topics["strings"].split() if "''" not in word and "==" not in word]
         context = " ".join(random.choices(words, k=random.randint(5, 40)))
         arguments = ("what is it", context) if pair else (context,)
         stride = random.randint(0, 4)

@@ -37,7 +37,7 @@ from albert_fast.ops.attention import reference_forward as attention_forward
 from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
-from albert_fast.ops.quantized_linear import quantized_linear
+from albert_fast.ops.quantized_linear import quantized_linear, rounding_error
 
 RECOMPUTE = ("none", "ffn", "layer")
 TENSORS_PER_LAYER = 16
@@ -70,7 +70,8 @@ class EncoderOptions(NamedTuple):
     bias: Tensor | None
     recompute: str
     return_all: bool
-    quantized: bool = False  # inference alone has it
+    quantized: bool = False  # inference alone has these
+    input_means: Tensor | None = None
 
     def layer_of_pass(self) -> list[int]:
         """For each pass, which of the num_groups * inner_group_num layers it uses."""
@@ -80,6 +81,10 @@ class EncoderOptions(NamedTuple):
             for layer in range(self.num_layers)
             for inner in range(self.inner_group_num)
         ]
+
+    def of_training(self) -> tuple[object, ...]:
+        """As the operators that train take them."""
+        return self[:-2]
 
     def attention(self, pass_index: int, head_dim: int) -> AttentionOptions:
         return AttentionOptions(
@@ -116,6 +121,30 @@ def _layers(parameters: list[Tensor]) -> list[_Layer]:
     return layers
 
 
+# --------------------------------------------------------------------------------------------- what rounding takes away
+
+
+def _input_places(width: int) -> list[slice]:
+    """Of query/key/value, dense, ffn and ffn_output among a pass's input means."""
+    return [slice(0, width), slice(width, 2 * width), slice(2 * width, 3 * width), slice(3 * width, None)]
+
+
+def corrections(parameters: list[Tensor], input_means: Tensor, layer_of_pass: list[int]) -> Tensor:
+    """What `input_means` adds to the biases of query, key and value, dense, ffn and ffn_output in each pass:
+    [passes, 5 hidden + inner], float32."""
+    errors = []
+    for layer in _layers(parameters):
+        matrices = (layer.qkv_weight, layer.dense_weight, layer.ffn_weight, layer.ffn_output_weight)
+        errors.append([rounding_error(matrix) for matrix in matrices])
+    places = _input_places(parameters[0].shape[1])
+    return torch.stack(
+        [
+            torch.cat([error @ means[place].float() for error, place in zip(errors[layer], places, strict=True)])
+            for layer, means in zip(layer_of_pass, input_means, strict=True)
+        ]
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
@@ -126,18 +155,28 @@ def encoder_reference(
     max_seqlen: int,
     options: EncoderOptions,
     attentions: list[Tensor] | None = None,
+    observed_means: Tensor | None = None,
 ) -> Tensor:
-    """The loop in PyTorch. `attentions`, when given, receives each pass's [batch, heads, max_seqlen, max_seqlen]."""
+    """The loop in PyTorch. `attentions`, when given, receives each pass's [batch, heads, max_seqlen, max_seqlen];
+    `observed_means` [passes, 3 hidden + inner] is filled with what `input_means` is to be."""
     activation = ACTIVATIONS[options.activation]
     eps = options.eps
-    linear = quantized_linear if options.quantized else F.linear
+    places = _input_places(hidden.shape[-1])
 
-    def feed_forward(h: Tensor, layer: _Layer) -> Tensor:
-        inner = activation(linear(h, layer.ffn_weight, layer.ffn_bias))
-        return linear(inner, layer.ffn_output_weight, layer.ffn_output_bias)
+    def linear(product: int, pass_index: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if observed_means is not None:
+            observed_means[pass_index, places[product]] = x.detach().float().mean(dim=0).to(observed_means.dtype)
+        if not options.quantized:
+            return F.linear(x, weight, bias)
+        means = options.input_means
+        return quantized_linear(x, weight, bias, None if means is None else means[pass_index, places[product]])
+
+    def feed_forward(h: Tensor, layer: _Layer, pass_index: int) -> Tensor:
+        inner = activation(linear(2, pass_index, h, layer.ffn_weight, layer.ffn_bias))
+        return linear(3, pass_index, inner, layer.ffn_output_weight, layer.ffn_output_bias)
 
     def one_pass(x: Tensor, layer: _Layer, pass_index: int) -> Tensor:
-        qkv = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
+        qkv = linear(0, pass_index, x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
         attention_options = options.attention(pass_index, qkv.shape[-1])
         if attentions is None:
             context = attention(qkv, cu_seqlens, max_seqlen, **attention_options._asdict())
@@ -147,14 +186,14 @@ def encoder_reference(
                 query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, attention_options
             )
             attentions.append(weights)
-        projected = linear(context, layer.dense_weight, layer.dense_bias)
+        projected = linear(1, pass_index, context, layer.dense_weight, layer.dense_bias)
         site = 2 + 2 * pass_index
         h = x + dropout(projected, options.hidden_dropout_p, options.seed, site, cu_seqlens)
         h = F.layer_norm(h, h.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, eps)
         if options.recompute == "ffn" and torch.is_grad_enabled():
-            y = checkpoint(feed_forward, h, layer, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(feed_forward, h, layer, pass_index, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = feed_forward(h, layer)
+            y = feed_forward(h, layer, pass_index)
         return F.layer_norm(h + y, h.shape[-1:], layer.norm_weight, layer.norm_bias, eps)
 
     layers = _layers(parameters)
@@ -424,6 +463,7 @@ def _inference_op(
     recompute: str,
     return_all: bool,
     quantized: bool,
+    input_means: Tensor | None,
 ) -> Tensor:
     """The output alone: nothing is kept for a backward, and there is none."""
     options = EncoderOptions(
@@ -440,6 +480,7 @@ def _inference_op(
         recompute,
         return_all,
         quantized,
+        input_means,
     )
     function = backends.implementation("encoder_inference", _call(hidden, options, training=False))
     return function(hidden, parameters, cu_seqlens, max_seqlen, options)
@@ -514,7 +555,9 @@ def _autograd(ctx, grad_output, _grad_kept):  # type: ignore[no-untyped-def]
     *tensors, cu_seqlens, seed, bias = ctx.saved_tensors
     kept, parameters = tensors[: ctx.counts[0]], tensors[ctx.counts[0] :]
     options = ctx.options._replace(seed=seed, bias=bias)
-    grad_hidden, *grads = _backward_op(grad_output, kept, parameters, cu_seqlens, ctx.max_seqlen, *options[:-1])
+    grad_hidden, *grads = _backward_op(
+        grad_output, kept, parameters, cu_seqlens, ctx.max_seqlen, *options.of_training()
+    )
     return grad_hidden, grads, *([None] * 14)
 
 
@@ -544,6 +587,7 @@ def encoder(
     return_all: bool = False,
     attentions: list[Tensor] | None = None,
     quantized: bool = False,
+    input_means: Tensor | None = None,
 ) -> Tensor:
     """All passes of the encoder over packed tokens.
 
@@ -566,6 +610,8 @@ def encoder(
         attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond
             each row. Only the reference stores them: it serves such a call.
         quantized: the products in int8 (see `albert_fast.ops.quantized_linear`), without a gradient.
+        input_means: [passes, 3 hidden + inner] floating point: for each pass the mean input of the query, key and value
+            products, of `dense`, `ffn` and `ffn_output`, by which quantized products correct their biases.
 
     Returns:
         [tokens, hidden]; with return_all [passes + 1, tokens, hidden].
@@ -587,12 +633,42 @@ def encoder(
         recompute,
         return_all,
         quantized,
+        input_means,
     )
     _check_encoder(hidden, parameters, cu_seqlens, max_seqlen, options)
     if quantized and torch.is_grad_enabled():
         with torch.no_grad():
             return _run(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
     return _run(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
+
+
+@torch.no_grad()
+def observe_input_means(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    num_layers: int,
+    num_groups: int = 1,
+    inner_group_num: int = 1,
+    num_heads: int,
+    activation: str = "gelu_new",
+    eps: float = 1e-12,
+) -> Tensor:
+    """What `encoder` takes as `input_means`, [passes, 3 hidden + inner] float32, as these tokens have it.
+
+    Arguments and errors are those of `encoder`.
+    """
+    options = EncoderOptions(
+        num_layers, num_groups, inner_group_num, num_heads, activation, eps, 0.0, 0.0, None, None, "none", False
+    )
+    _check_encoder(hidden, parameters, cu_seqlens, max_seqlen, options)
+    check(hidden.shape[0] > 0, "hidden has no tokens; at least one was expected")
+    width, inner = hidden.shape[1], parameters[10].shape[0]
+    means = hidden.new_empty(len(options.layer_of_pass()), 3 * width + inner, dtype=torch.float32)
+    encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, observed_means=means)
+    return means
 
 
 def _run(
@@ -609,7 +685,7 @@ def _run(
     if attentions is not None or backends.uses_reference(call):
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
     if training:
-        output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options[:-1])
+        output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options.of_training())
         return output
     if torch.compiler.is_compiling() or type(hidden) is not Tensor:
         return _inference_op(hidden, parameters, cu_seqlens, max_seqlen, *options)
@@ -668,6 +744,9 @@ def _check_encoder(
     check_dropout(options.hidden_dropout_p, options.seed, hidden.device)
     check_dropout(options.attention_dropout_p, options.seed, hidden.device)
     check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0], max_seqlen, hidden)
+    if options.input_means is not None:
+        shape = (len(options.layer_of_pass()), 3 * width + parameters[10].shape[0])
+        check_tensor("input_means", options.input_means, shape, like=hidden, dtype=FLOATS)
     if options.bias is not None:
         batch = cu_seqlens.numel() - 1
         check_bias(options.bias, hidden.device, batch, options.num_heads, max_seqlen, max_seqlen)

@@ -5,7 +5,11 @@ section 2, with the scales of LLM.int8(), arXiv 2208.07339, section 3.1: one a t
     x [tokens, k] ~ x_scale[token] · (u - zero),   u uint8, the range widened to hold 0, so that 0 is exact
     y = x_scale · weight_scale · (Σ u q - zero · Σ q) + bias
 
-Activations are quantized when they are multiplied: nothing is calibrated. Sums are exact in int32 (k up to 65536).
+Activations are quantized when they are multiplied. Sums are exact in int32 (k up to 65536).
+
+Rounding the weight adds (weight_scale q - weight) x to y, most of which is the same for all tokens where the inputs
+have a mean: with `mean`, that of x over tokens, the bias is corrected by (weight - weight_scale q) mean (Nagel et al.,
+arXiv 1906.04721, section 4.2).
 
 Precision is lost in rounding x and weight to 8 bits, and nowhere else; rows of x that hold NaN or infinity give NaN.
 There is no gradient.
@@ -38,17 +42,26 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return quantized.nan_to_num(255.0).to(torch.uint8), scale, zero.nan_to_num(0.0).to(torch.int32)
 
 
-def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def rounding_error(weight: Tensor) -> Tensor:
+    """weight - weight_scale q, [n, k] float32."""
+    q, scale = quantize_weight(weight)
+    return weight.float() - q.float() * scale[:, None]
+
+
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None = None) -> Tensor:
     """The product, by the formula above.
 
     Args:
         x: [tokens, k], floating point.
         weight: [n, k], floating point; quantized here.
         bias: [n].
+        mean: [k], what x is on average; None: the bias is not corrected.
 
     Returns:
         [tokens, n], the dtype of x.
     """
+    if mean is not None:
+        bias = bias.float() + rounding_error(weight) @ mean.float()
     q, weight_scale = quantize_weight(weight)
     u, x_scale, zero = quantize_rows(x)
     # Sums of up to 65536 products of 8 bits are exact in float64, which a matrix product is fast in.

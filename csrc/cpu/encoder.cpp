@@ -16,6 +16,7 @@ struct Workspace {
   void* context;
   char* shared;  // qkv, and when that is no longer needed h and the wide matrix
   void *h, *activated;
+  float* corrected;
   void* scratch;
   size_t scratch_bytes, used;
 };
@@ -30,6 +31,8 @@ Workspace carve(const albert_encoder_args& a, void* base, int threads) {
   w.shared = memory.take(largest(qkv, h + wide));
   w.h = w.shared;
   w.activated = base == nullptr ? nullptr : w.shared + h;
+  if (a.corrections != nullptr)
+    w.corrected = reinterpret_cast<float*>(memory.take(static_cast<size_t>(s.corrections()) * sizeof(float)));
   w.scratch_bytes = forward_scratch(s, threads);
   w.scratch = memory.take(w.scratch_bytes);
   w.used = memory.used();
@@ -62,6 +65,7 @@ int check_encoder(const albert_encoder_args* args, bool backward) {
       return ALBERT_BAD_WEIGHT;
   }
   if (a.tokens == 0) return 0;
+  if (backward && a.corrections != nullptr) return ALBERT_BAD_ARGUMENT;
   const albert_encoder_kept& k = a.kept;
   const bool most = k.qkv != nullptr;  // all of these or none
   if ((k.context != nullptr) != most || (k.logsumexp != nullptr) != most || (k.summed != nullptr) != most ||
@@ -87,7 +91,7 @@ int albert_encoder(const albert_encoder_args* args, void* workspace, size_t work
   if (reinterpret_cast<uintptr_t>(workspace) % kCacheLine != 0) return ALBERT_UNALIGNED;
   const Workspace w = carve(a, workspace, thread_count(parallel));
   if (workspace_bytes < w.used) return ALBERT_SMALL_WORKSPACE;
-  const EncoderSteps s{a, parallel, w.scratch, w.scratch_bytes};
+  const EncoderSteps s{a, parallel, w.scratch, w.scratch_bytes, w.corrected};
   const size_t state = s.bytes(a.tokens, a.hidden);
   // State p is what pass p reads: in the output, among what is kept, or, for inference, always in the one output.
   const auto state_of = [&](int p) -> char* {

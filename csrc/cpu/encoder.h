@@ -61,6 +61,9 @@ typedef struct albert_encoder_args {
   const void* input; /* [tokens][hidden]; backward does not read it */
   void* output; /* [tokens][hidden], or with all_states [passes + 1][tokens][hidden], the first of them the input */
   albert_encoder_kept kept;
+  /* [passes][5 hidden + inner]: added in each pass to the biases of qkv, dense, ffn and ffn_output. Null, or what the
+   * rounding of int8 weights takes from the products on average. Not for backward. */
+  const float* corrections;
 } albert_encoder_args;
 
 size_t albert_encoder_workspace_bytes(const albert_encoder_args* args, int threads);

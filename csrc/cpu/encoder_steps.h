@@ -17,6 +17,7 @@ struct EncoderSteps {
   const albert_parallel* parallel;
   void* scratch;  // of one kernel at a time
   size_t scratch_bytes;
+  float* corrected = nullptr;  // [corrections()], of one pass
 
   size_t bytes(int64_t rows, int64_t columns) const {
     return static_cast<size_t>(rows * columns) * (a.dtype == ALBERT_F32 ? 4 : 2);
@@ -43,6 +44,14 @@ struct EncoderSteps {
     g.y_stride = w.n;
     g.bias = bias;
     return g;
+  }
+  // A bias with the pass's correction, which begins at `offset` among them.
+  int64_t corrections() const { return 5 * a.hidden + a.inner; }
+  const float* bias(const float* own, int pass, int64_t offset, int64_t n) const {
+    if (a.corrections == nullptr) return own;
+    const float* add = a.corrections + pass * corrections() + offset;
+    for (int64_t i = 0; i < n; ++i) corrected[offset + i] = own[i] + add[i];
+    return corrected + offset;
   }
   void add_residual(albert_gemm_args& g, const void* residual) const {
     g.residual = residual;
@@ -113,10 +122,12 @@ struct EncoderSteps {
   // h may lie where qkv does.
   int attend(int pass, const Attend& m) const {
     const albert_encoder_layer& layer = a.layers[a.layer_of_pass[pass]];
-    if (const int error = run(product(layer.qkv, a.tokens, m.x, m.qkv, layer.qkv_bias))) return error;
+    const float* qkv_bias = bias(layer.qkv_bias, pass, 0, 3 * a.hidden);
+    if (const int error = run(product(layer.qkv, a.tokens, m.x, m.qkv, qkv_bias))) return error;
     const albert_attention_args attention_args = attention(pass, m.qkv, m.context, m.logsumexp);
     if (const int error = albert_attention(&attention_args, scratch, scratch_bytes, parallel)) return error;
-    albert_gemm_args dense = product(layer.dense, a.tokens, m.context, m.h, layer.dense_bias);
+    const float* dense_bias = bias(layer.dense_bias, pass, 3 * a.hidden, a.hidden);
+    albert_gemm_args dense = product(layer.dense, a.tokens, m.context, m.h, dense_bias);
     if (a.hidden_dropout_p == 0) {
       add_residual(dense, m.x);
       add_layer_norm(dense, layer.attention_norm_weight, layer.attention_norm_bias, m.summed);
@@ -139,17 +150,19 @@ struct EncoderSteps {
   };
   int feed_forward(int pass, const FeedForward& m) const {
     const albert_encoder_layer& layer = a.layers[a.layer_of_pass[pass]];
+    const float* ffn_bias = bias(layer.ffn_bias, pass, 4 * a.hidden, a.inner);
+    const float* ffn_output_bias = bias(layer.ffn_output_bias, pass, 4 * a.hidden + a.inner, a.hidden);
     for (int64_t i = 0; i < parts(); ++i) {
       const int64_t begin = part_begin(i), count = part_begin(i + 1) - begin;
       const void* h = row(m.h, begin, a.hidden);
-      albert_gemm_args wide = product(layer.ffn, count, h, m.activated, layer.ffn_bias);
+      albert_gemm_args wide = product(layer.ffn, count, h, m.activated, ffn_bias);
       wide.activation = a.activation;
       wide.pre_activation = row(m.inner, begin, a.inner);
       wide.pre_activation_stride = a.inner;
       if (const int error = run(wide)) return error;
       void *summed = row(m.summed, begin, a.hidden), *y = row(m.y, begin, a.hidden);
       albert_gemm_args narrow =
-          product(layer.ffn_output, count, m.activated, y != nullptr ? y : summed, layer.ffn_output_bias);
+          product(layer.ffn_output, count, m.activated, y != nullptr ? y : summed, ffn_output_bias);
       add_residual(narrow, h);
       if (y != nullptr) add_layer_norm(narrow, layer.norm_weight, layer.norm_bias, summed);
       if (const int error = run(narrow)) return error;

@@ -69,6 +69,7 @@ class Args(ctypes.Structure):
         ("input", c_void_p),
         ("output", c_void_p),
         ("kept", Kept),
+        ("corrections", c_void_p),
     )
 
 

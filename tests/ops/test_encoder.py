@@ -110,14 +110,14 @@ class Case:
 
     def operator_arguments(self) -> tuple[Any, ...]:
         hidden, *parameters = self.tensors.values()
-        return hidden, parameters, self.cu_seqlens, self.max_seqlen, *self.full_options()[:-1]
+        return hidden, parameters, self.cu_seqlens, self.max_seqlen, *self.full_options().of_training()
 
     def public(self, hidden: Tensor, attentions: list[Tensor] | None = None, **parameters: Tensor) -> Tensor:
         rows = (self.cu_seqlens, self.max_seqlen)
         return encoder(hidden, list(parameters.values()), *rows, attentions=attentions, **self.options)
 
     def operator(self, hidden: Tensor, **parameters: Tensor) -> Tensor:
-        arguments = (list(parameters.values()), self.cu_seqlens, self.max_seqlen, *self.full_options()[:-1])
+        arguments = (list(parameters.values()), self.cu_seqlens, self.max_seqlen, *self.full_options().of_training())
         return torch.ops.albert_fast.encoder(hidden, *arguments)[0]
 
     def implementation(self, name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:

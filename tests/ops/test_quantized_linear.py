@@ -44,3 +44,16 @@ def test_a_row_that_is_not_finite_does_not_look_right(bad):
     y = quantized_linear(x, torch.randn(3, 16), torch.zeros(3))
     assert y[2].isnan().all()
     assert y[[0, 1, 3]].isfinite().all()
+
+
+def test_the_mean_corrects_the_bias():
+    """Inputs that are all the mean come out as if the weight had not been rounded."""
+    weight, bias, mean = torch.randn(11, 200), torch.randn(11), torch.randn(200)
+    x = mean.expand(3, -1)
+    exact = (x.double() @ weight.double().t() + bias.double()).float()
+    u, scale, zero = quantize_rows(x)
+    rounded_x = (u.float() - zero[:, None]) * scale[:, None]
+    of_activations = (rounded_x - x) @ weight.t()  # what is left
+    left = quantized_linear(x, weight, bias, mean) - exact
+    torch.testing.assert_close(left, of_activations, rtol=0, atol=0.1 * of_activations.abs().max().item())
+    assert (quantized_linear(x, weight, bias) - exact).norm() > 1.5 * (left - of_activations).norm()
