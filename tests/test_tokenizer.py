@@ -43,7 +43,7 @@ def peer(trained, tmp_path):
 
 
 def random_text(longest: int = 60) -> str:
-    # Of a table's rules there are segmentations of equal score, from which transformers and sentencepiece choose differently.
+    # A table's rules have segmentations of equal score, of which transformers and sentencepiece choose different ones.
     words = [word for word in pydoc_data.topics.topics["strings"].split() if "==" not in word]
     if random.random() < 0.5:
         return " ".join(random.choices(words, k=random.randint(0, longest // 4)))
