@@ -1,7 +1,13 @@
-"""The table that `albert-fast bench` prints, from the report that `--json` writes."""
+"""The table that `albert-fast bench` prints, from the report that `--json` writes.
+
+`python -m albert_fast.bench.report FILE…` prints the README's table of such reports.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -41,11 +47,23 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The same table for a README."""
-    lines = [f"| work | peer | {' | '.join(COLUMNS)} |", "|---|---|" + "--:|" * len(COLUMNS)]
+    """The same for a README, a line for each piece of work: milliseconds, times the floor, error, peak memory."""
+    peers = list(dict.fromkeys(row["peer"] for work in report["works"] for row in work["rows"]))
+    lines = [f"| work | floor | {' | '.join(peers)} |", "|---|--:|" + "---|" * len(peers)]
     for work in report["works"]:
-        lines += [f"| {_title(work)} | {' | '.join(_cells(row))} |" for row in work["rows"]]
+        rows = {row["peer"]: row for row in work["rows"]}
+        cells = [_summary(rows[peer]) if peer in rows else "" for peer in peers]
+        lines.append(f"| {_title(work)} | {work['floor_milliseconds']:,.1f} ms | {' | '.join(cells)} |")
     return "\n".join([_headline(report), "", *lines])
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if row["passed"] is None:
+        return "-"
+    _, error, milliseconds, _, times_floor, _, peak = _cells(row)
+    if row["milliseconds"] is None:
+        return f"no figure: error {error}"
+    return f"{milliseconds} ms, {times_floor}, {error}, {peak}"
 
 
 def _headline(report: Report) -> str:
@@ -92,3 +110,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         cell(row["speedup"], "{:.2f}x"),
         cell(None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9, "{:.2f} GB"),
     ]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(markdown(json.loads(Path(file).read_text())) for file in sys.argv[1:]))

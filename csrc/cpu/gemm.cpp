@@ -26,7 +26,8 @@ bool norm_in_scratch(const albert_gemm_args& args) { return args.ln_weight != nu
 
 Plan make_plan(const albert_gemm_args& args, int threads) {
   const auto& w = *static_cast<const PackedWeight*>(args.weight);
-  Plan plan{w, choose_grid(threads, args.m, w.panels()), 0, 0, 0, 0, 0, 0, 0};
+  const double pack_cycles = w.dtype == ALBERT_INT8 ? 2 : 0.5;  // copied, or quantized
+  Plan plan{w, choose_grid(threads, args.m, w.panels(), pack_cycles), 0, 0, 0, 0, 0, 0, 0};
   plan.blocks = larger(divide_up(args.m, kMaxRows), plan.grid.rows);
   // As many chunks for each task, where there are enough rows.
   const int64_t chunks = divide_up(plan.blocks, chunk_rows(w.steps) / kMaxRows);

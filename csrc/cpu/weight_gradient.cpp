@@ -100,7 +100,7 @@ template <class T>
 void run_all(const WeightGradient& a, char* workspace, const albert_parallel* parallel) {
   const Shape s = shape_of(a);
   const KernelTable kernels(s.unit, RowLayout::steps);
-  const Grid grid = choose_grid(thread_count(parallel), a.n, s.panels);
+  const Grid grid = choose_grid(thread_count(parallel), a.n, s.panels, 0.5);
   const int tasks = grid.rows * grid.panels, per_step = elements_per_unit(s.unit);
   const auto part = [](int64_t size, int parts, int i) { return part_begin(size, parts, i); };
 

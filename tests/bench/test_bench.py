@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertModel, cli
-from albert_fast.bench import flops, parity, peers, run
+from albert_fast.bench import flops, parity, peers, run, worker
 from albert_fast.bench.arguments import DEFAULT_PEERS, DTYPES, MODES, PEERS, Shape, add_to, options_from
 from albert_fast.bench.checkout import commit_of
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
@@ -317,6 +317,8 @@ def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
     assert "; commit 0123456+dirty\n" in printed
     assert "; commit 0123456+dirty\n" in markdown(report)
     assert "commit" not in markdown({**report, "commit": None})
+    assert markdown(report).endswith("| - |")  # who is absent
+    assert "no figure: error" in markdown(report)
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -340,6 +342,21 @@ def test_calls_take_turns():
     assert "".join(calls) == "ab" * 3
     assert told == calls
     assert seconds == {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(("lasts", "expected", "calls"), [([0.6], 0.6, 1), ([0.45, 0.05, 0.15, 0.1, 0.25], 0.125, 5)])
+def test_short_calls_are_repeated(lasts, expected, calls, monkeypatch):
+    """The first of them is not counted."""
+    now, made = 0.0, 0
+
+    def function() -> None:
+        nonlocal now, made
+        now += lasts[min(made, len(lasts) - 1)]
+        made += 1
+
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now)
+    assert worker.time_call(function, torch.device("cpu")) == pytest.approx(expected)
+    assert made == calls
 
 
 def test_a_worker_computes_what_its_peer_does(config, batch):
@@ -423,7 +440,9 @@ def test_the_command(config_file, tmp_path, capsys):
             assert row["milliseconds"] is None or len(row["all_milliseconds"]) == 2
         assert f"{work['mode']} {work['shape']}" in printed
     assert "pydoc_data.topics" in printed
-    assert markdown(report).count("\n| ") >= 2 * 4
+    table = markdown(report).splitlines()[-4:]
+    assert [line.count("|") for line in table] == [3 + len(DEFAULT_PEERS)] * 4
+    assert f"{report['works'][1]['rows'][0]['milliseconds']:,.1f} ms, " in table[3]
     autocast, int8 = report["works"]
     assert all(row["passed"] for row in autocast["rows"])
     rates = report["matrix_gflops"]
