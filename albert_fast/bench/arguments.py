@@ -101,12 +101,15 @@ def options_from(args: argparse.Namespace) -> Options:
         raise ValueError(f"--config is {args.config!r}; {', '.join(CONFIGS)} or a config.json was expected")
     if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise ValueError(f"--json is {args.json!r}; a file in a directory that exists was expected")
+    device, dtypes = _names("--device", args.device, DEVICES)[0], _names("--dtype", args.dtype, DTYPES)
+    if device != "cpu" and "int8" in dtypes:
+        raise ValueError(f"--dtype has 'int8' and --device is {device!r}; int8 runs on the CPU alone")
     return Options(
         shapes=_list("--shapes", args.shapes, _shape),
         modes=_names("--mode", args.mode, MODES),
-        dtypes=_names("--dtype", args.dtype, DTYPES),
+        dtypes=dtypes,
         compare=_names("--compare", args.compare, PEERS),
-        device=_names("--device", args.device, DEVICES)[0],
+        device=device,
         threads=_count("--threads", args.threads),
         repeats=_count("--repeats", args.repeats),
         config=args.config,

@@ -110,6 +110,7 @@ def test_options():
         (["--text", "nowhere.txt"], "--text is 'nowhere.txt'"),
         (["--json", "nowhere/report.json"], "--json is 'nowhere/report.json'"),
         (["--shapes", "1x513"], "512 positions"),
+        (["--device", "cuda", "--dtype", "float32,int8"], "int8 runs on the CPU alone"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message, capsys):
