@@ -71,7 +71,8 @@ def quantize(
         the model.
 
     Raises:
-        ValueError: calibration has no tokens, or tokens that the model does not know.
+        ValueError: calibration has no tokens.
+        IndexError: calibration has tokens that are not in the vocabulary.
     """
     encoder = model._base.encoder
     if not quantized:
