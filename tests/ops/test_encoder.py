@@ -248,7 +248,10 @@ def test_twelve_passes_of_a_model_of_base_size(implementation, dtype, device, mo
     case = Case(ragged_lengths(), 768, 3072, num_layers=12, num_heads=12, dtype=dtype, device=device)
     function = case.implementation(implementation, monkeypatch)
     actual, expected = differentiate(function, case.tensors, case.upstream), case.expected()
-    assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
+    if dtype == torch.float64:  # what is expected is no more exact: twelve passes of rounding on either side
+        assert_all_close(actual, expected, 1e-13, case.scales(expected))
+    else:
+        assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
 
 
 @parametrize_implementation
