@@ -100,9 +100,10 @@ void pack(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s,
 // A block of packed rows times one panel, into the tile.
 void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x, const char* panel, float* tile,
               Soon soon) {
+  const int64_t most = w.dtype == ALBERT_INT8 ? w.steps : steps_per_sum(w.steps);  // integers are exact
   int64_t step = 0;
   do {  // once even if k == 0: the tile must be zeroed
-    const int64_t steps = smaller(kStepsPerSum, w.steps - step);
+    const int64_t steps = smaller(most, w.steps - step);
     kernel(x + step * rows * 4, panel + step * kPanel * 4, steps, tile, step > 0, soon);
     step += steps;
     soon.data += steps / kLine * soon.lines * kCacheLine;

@@ -12,8 +12,10 @@ constexpr int64_t kGroupBytes = 256 << 10;
 // A chunk of packed rows is read once for each group, from L2 or L3. Larger chunks read the weight less often.
 constexpr int64_t kChunkBytes = 1024 << 10;
 constexpr int64_t kMostChunkRows = 32 * kMaxRows;
-// Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error.
-constexpr int64_t kStepsPerSum = 128;
+// Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
+// are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
+constexpr int64_t kStepsPerSum = 128, kStepsPerShortSum = 32;
+constexpr int64_t steps_per_sum(int64_t steps) { return steps <= 512 ? kStepsPerShortSum : kStepsPerSum; }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
