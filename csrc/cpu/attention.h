@@ -43,6 +43,10 @@ typedef struct albert_attention_args {
   void* output; /* [tokens_q][heads * head_dim]; backward reads it */
   int64_t output_stride;
   float* logsumexp; /* [heads][tokens_q]: forward may have null, backward reads it */
+  /* Forward, without dropout and logsumexp: where the machine has VNNI, and scale > 0, the products are of integers.
+   * Queries, and keys less their mean over the row, which no softmax sees, are rounded to 8 bits, one scale a token and
+   * head; probabilities to 13 bits of the largest one; values to 11 bits, one scale a feature, row and head. */
+  int quantized;
 } albert_attention_args;
 
 /* Depends on the values of cu_seqlens, not on what any other pointer points to. */

@@ -42,9 +42,11 @@ int check(const albert_attention_args* args, const Isa& isa, Attention& out) {
                             a.bias_query_stride < 0))
     return ALBERT_BAD_ARGUMENT;
   if (!(a.dropout_p >= 0.0 && a.dropout_p < 1.0)) return ALBERT_BAD_ARGUMENT;
+  if (a.quantized && (a.dropout_p > 0.0 || a.logsumexp != nullptr)) return ALBERT_BAD_ARGUMENT;
 
   out.args = a;
   out.unit = a.dtype == ALBERT_BF16 && isa.bf16 ? Unit::bf16x2 : Unit::f32;
+  out.quantized = a.quantized && isa.vnni && a.scale > 0;
   const double threshold = __builtin_nearbyint((1.0 - a.dropout_p) * 4294967296.0);
   out.dropout = threshold < 4294967296.0;  // a probability too small to drop anything switches it off
   out.keep_threshold = out.dropout ? static_cast<uint32_t>(threshold) : 0;
@@ -64,6 +66,7 @@ size_t albert_attention_workspace_bytes(const albert_attention_args* args, int t
   Attention a;
   if (check(args, isa, a) != 0) return 0;
   if (threads < 1) threads = 1;
+  if (a.quantized) return avx512::quantized_attention_workspace_bytes(a, threads);
   return isa.avx512 ? avx512::attention_workspace_bytes(a, threads) : avx2::attention_workspace_bytes(a, threads);
 }
 
@@ -75,7 +78,10 @@ int albert_attention(const albert_attention_args* args, void* workspace, size_t 
   if (!aligned(workspace)) return ALBERT_UNALIGNED;
   if (workspace_bytes < albert_attention_workspace_bytes(args, thread_count(parallel))) return ALBERT_SMALL_WORKSPACE;
   if (a.args.heads == 0) return 0;
-  (isa.avx512 ? avx512::attention_forward : avx2::attention_forward)(a, static_cast<char*>(workspace), parallel);
+  const auto forward = a.quantized  ? avx512::quantized_attention
+                       : isa.avx512 ? avx512::attention_forward
+                                    : avx2::attention_forward;
+  forward(a, static_cast<char*>(workspace), parallel);
   return 0;
 }
 

@@ -141,12 +141,6 @@ struct ForwardWorker {
   }
 };
 
-int64_t most_keys(const albert_attention_args& a) {
-  int64_t most = 0;
-  for (int64_t r = 0; r < a.batch; ++r) most = larger(most, Row(a, r).keys);
-  return most;
-}
-
 template <class T>
 void run(const Attention& attention, char* workspace, const albert_parallel* parallel) {
   const albert_attention_args& a = attention.args;
@@ -154,12 +148,7 @@ void run(const Attention& attention, char* workspace, const albert_parallel* par
   const KernelTable kernels(shape.unit, RowLayout::lines);
   const int64_t keys = most_keys(a), used = a.cu_seqlens_q[a.batch];
   const size_t bytes = Scratch(shape, keys, nullptr).bytes;
-  const double unit = Work(a).unit(thread_count(parallel));
-  const auto parts = [&](const Row& row) {
-    const int64_t wanted = static_cast<int64_t>(Work::of(row) / unit + 0.999);
-    return larger(1, smaller(wanted, divide_up(row.queries, 4 * kMaxRows)));
-  };
-  for_each_unit(a, parallel, parts, [&](int task) {
+  for_each_unit(a, parallel, QueryParts(a, parallel), [&](int task) {
     return ForwardWorker<T>(attention, shape, kernels,
                             Scratch(shape, keys, workspace + bytes * static_cast<size_t>(task)));
   });

@@ -9,6 +9,7 @@ namespace albert {
 struct Attention {
   albert_attention_args args;
   Unit unit;  // how the products are computed: f32, or bf16x2 where the machine multiplies bfloat16
+  bool quantized;
   bool dropout;
   uint32_t keep_threshold;  // a probability is kept where its random word is below
   float keep_scale;         // and then multiplied by this
@@ -25,5 +26,10 @@ struct Attention {
 ALBERT_DECLARE_ATTENTION(avx2)
 ALBERT_DECLARE_ATTENTION(avx512)
 #undef ALBERT_DECLARE_ATTENTION
+
+namespace avx512 {  // with VNNI
+size_t quantized_attention_workspace_bytes(const Attention& attention, int threads);
+void quantized_attention(const Attention& attention, char* workspace, const albert_parallel* parallel);
+}  // namespace avx512
 
 }  // namespace albert

@@ -121,6 +121,23 @@ struct Work {
   double unit(int threads) const { return threads == 1 ? total + 1 : total / (4.0 * threads) + 1; }
 };
 
+// Into how many parts a row's queries are split: units of work of forward.
+struct QueryParts {
+  double unit;
+  QueryParts(const albert_attention_args& a, const albert_parallel* parallel)
+      : unit(Work(a).unit(thread_count(parallel))) {}
+  int64_t operator()(const Row& row) const {
+    const int64_t wanted = static_cast<int64_t>(Work::of(row) / unit + 0.999);
+    return larger(1, smaller(wanted, divide_up(row.queries, 4 * kMaxRows)));
+  }
+};
+
+inline int64_t most_keys(const albert_attention_args& a) {
+  int64_t most = 0;
+  for (int64_t r = 0; r < a.batch; ++r) most = larger(most, Row(a, r).keys);
+  return most;
+}
+
 // Tokens that belong to no row.
 template <class T>
 void clear_tokens(T* base, int64_t token_stride, int64_t head_stride, const albert_attention_args& a, int64_t begin,

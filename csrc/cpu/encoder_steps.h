@@ -92,6 +92,9 @@ struct EncoderSteps {
     t.output = context;
     t.output_stride = a.hidden;
     t.logsumexp = logsumexp;
+    const void* qkv_weight = a.layers[a.layer_of_pass[pass]].qkv;
+    t.quantized = static_cast<const PackedWeight*>(qkv_weight)->dtype == ALBERT_INT8 && a.kept.logsumexp == nullptr &&
+                  a.attention_dropout_p == 0;
     return t;
   }
 

@@ -30,6 +30,10 @@ struct DotU8S8 {
   using Sum = I;
   static ALBERT_INLINE I dot(I sum, I row, I column) { return _mm512_dpbusd_epi32(sum, row, column); }
 };
+struct DotS16Fused {
+  using Sum = I;
+  static ALBERT_INLINE I dot(I sum, I row, I column) { return _mm512_dpwssd_epi32(sum, row, column); }
+};
 #endif
 
 #ifdef __AVX512BF16__
@@ -117,6 +121,7 @@ MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows) {
   if (unit == Unit::bf16x2) return pick_layout<DotBf16>(layout, rows);
 #elif defined(__AVX512VNNI__)
   if (unit == Unit::u8s8x4 && layout == RowLayout::lines) return pick<DotU8S8, RowLayout::lines, kMaxRows>(rows);
+  if (unit == Unit::s16x2 && layout == RowLayout::lines) return pick<DotS16Fused, RowLayout::lines, kMaxRows>(rows);
 #else
   if (unit == Unit::f32) return pick_layout<DotF32>(layout, rows);
   if (unit == Unit::s16x2 && layout == RowLayout::lines) return pick<DotS16, RowLayout::lines, kMaxRows>(rows);

@@ -57,17 +57,18 @@ inline int64_t chunk_rows(int64_t steps) {
 // Panels of `steps` units in a group.
 inline int64_t panel_group(int64_t steps) { return larger(kGroupBytes / (larger(steps, 1) * kPanel * 4), 1); }
 
-// The micro-kernels of these units by number of rows.
+// The micro-kernels of these units by number of rows. vnni: the machine has it; u8s8x4 needs it.
 struct KernelTable {
   MicroKernel of[kMaxRows + 1];
-  KernelTable(Unit unit, RowLayout layout) {
+  KernelTable(Unit unit, RowLayout layout, bool vnni = false) {
     of[0] = nullptr;
     for (int rows = 1; rows <= kMaxRows; ++rows) {
 #ifdef __AVX512F__
-      of[rows] = unit == Unit::bf16x2   ? avx512_bf16::micro_kernel(unit, layout, rows)
-                 : unit == Unit::u8s8x4 ? avx512_vnni::micro_kernel(unit, layout, rows)
-                                        : avx512::micro_kernel(unit, layout, rows);
+      of[rows] = unit == Unit::bf16x2           ? avx512_bf16::micro_kernel(unit, layout, rows)
+                 : unit == Unit::u8s8x4 || vnni ? avx512_vnni::micro_kernel(unit, layout, rows)
+                                                : avx512::micro_kernel(unit, layout, rows);
 #else
+      static_cast<void>(vnni);
       of[rows] = avx2::micro_kernel(unit, layout, rows);
 #endif
     }

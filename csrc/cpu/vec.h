@@ -66,6 +66,7 @@ ALBERT_INLINE void store(int* p, I x) { _mm512_storeu_si512(p, x); }
 ALBERT_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 ALBERT_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 ALBERT_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+ALBERT_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
 ALBERT_INLINE I madd16(I a, I b) { return _mm512_madd_epi16(a, b); }
 ALBERT_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 ALBERT_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // to nearest even
@@ -95,6 +96,13 @@ ALBERT_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, firs
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(x));
 }
+// The lowest bits of each lane.
+ALBERT_INLINE void store_low8(void* p, I x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+ALBERT_INLINE void store_low16(void* p, I x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+// Lane by lane, the lowest 16 bits of a, then those of b.
+ALBERT_INLINE I interleave_low16(I a, I b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)); }
 
 #else
 

@@ -46,6 +46,7 @@ class Args(ctypes.Structure):
         ("output", c_void_p),
         ("output_stride", c_int64),
         ("logsumexp", c_void_p),
+        ("quantized", c_int),
     )
 
 

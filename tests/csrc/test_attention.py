@@ -244,6 +244,110 @@ def test_nothing_forbidden_leaks(lib, seed, dtype):
         assert bool(x[20:].isnan().any())
 
 
+def rounded(x, levels, dim):
+    """x in steps of its largest magnitude along dim over `levels`."""
+    step = x.abs().amax(dim, keepdim=True) / levels
+    return torch.where(step > 0, (x / step).round() * step, 0.0)
+
+
+def quantized_formula(problem):
+    """What `quantized` promises (attention.h), in float64 but for what is rounded on purpose."""
+    bias, rows = problem.options.get("bias"), []
+    for r in range(len(problem.cu_q) - 1):
+        starts = [problem.cu_q[r : r + 2], *[problem.cu_k[r : r + 2]] * 2]
+        q, k, v = (x[i:j].double().transpose(0, 1) for x, (i, j) in zip(problem.inputs, starts, strict=True))
+        queries, keys = q.shape[1], k.shape[1]
+        if keys == 0 or queries == 0:
+            rows.append(torch.zeros(queries, problem.width, dtype=torch.float64))
+            continue
+        k = rounded(k - k.mean(1, keepdim=True), 127, 2)
+        scores = rounded(q, 127, 2) @ k.transpose(1, 2) * problem.options["scale"]
+        if bias is not None:
+            scores = scores + bias.double()[r % bias.shape[0], :, :queries, :keys]
+        if problem.options.get("causal"):
+            forbidden = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+            scores = scores.masked_fill(forbidden, float("-inf"))
+        top = scores.amax(2, keepdim=True)
+        p = (scores - torch.where(top.isfinite(), top, 0.0)).exp()
+        total = p.sum(2, keepdim=True)
+        output = p @ rounded(v, 1023, 1) / torch.where(total > 0, total, 1.0)
+        rows.append(output.transpose(0, 1).flatten(1))
+    return torch.cat(rows) if rows else torch.zeros(0, problem.width, dtype=torch.float64)
+
+
+def check_quantized(problem, lib, layout="fused", limit=4e-3, rounding=5e-4):
+    """limit: against attention without rounding. rounding: what that of the probabilities and a tie may change."""
+    problem.options["quantized"] = 1
+    call = problem.call(lib, layout)
+    output = call.forward(2, logsumexp=False)[0]
+    assert torch.equal(output, call.forward(1, logsumexp=False)[0])
+    del problem.options["quantized"]
+    used = problem.used[0]
+    assert not output[used:].any()
+    exact = problem.reference(torch.float64, formula)[0]
+    assert error(output[:used], exact) < max(limit, 2 * torch.finfo(problem.dtype).eps)
+    if b"vnni" in lib.albert_isa():
+        bound = rounding if problem.dtype == torch.float32 else 4e-3
+        assert error(output[:used], quantized_formula(problem)) < bound
+    else:
+        assert torch.equal(output, problem.call(lib, layout).forward(2, logsumexp=False)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized(lib, seed, dtype):
+    lengths = random.sample(RAGGED, len(RAGGED))
+    for layout in ("fused", "tokens", "heads"):
+        check_quantized(Problem(lengths, lengths, 3, 64, dtype, tail=3), lib, layout, 1e-2)
+    for head_dim in (1, 7, 24, 64, 80, 128):
+        lengths = [random.randrange(1, 90) for _ in range(2)]
+        check_quantized(Problem(lengths, lengths, 2, head_dim, dtype), lib, limit=3e-2)
+    check_quantized(Problem([300, 13], [555, 258], 2, 32, dtype), lib, "tokens", 1e-2)  # several runs of keys
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_masks(lib, seed, dtype):
+    queries, keys = [40, 1, 77, 0, 15], [35, 70, 77, 4, 0]
+    for bias_dtype in DTYPES:
+        for batch, heads in [(1, 1), (5, 2)]:
+            bias = bias_of(bias_dtype, batch, heads, 77, 80, 0.4)
+            bias[-1, -1, 3] = float("-inf")  # a query that may attend to nothing
+            for causal in (0, 1):
+                problem = Problem(queries, keys, 2, 24, dtype, tail=1, bias=bias, causal=causal)
+                check_quantized(problem, lib, "tokens", 2e-2)
+    check_quantized(Problem([300], [33], 1, 16, dtype, causal=1), lib, "tokens", 2e-2)
+
+
+def test_quantized_long_tail(lib, seed):
+    """Many small probabilities beside a large one, which 8 bits would lose: their sum is half of the output."""
+    query, key = torch.zeros(500, 1, 16), torch.zeros(500, 1, 16)
+    query[..., 0] = 1.0
+    key[..., 0] = 0.3 * torch.randn(500, 1)
+    key[0, 0, 0] = 6.2  # exp(6.2) = 493 times as probable as the others on average
+    problem = Problem([500], [500], 1, 16, torch.float32, scale=1.0)
+    problem.inputs = (query, key, problem.inputs[2] + 1.0)
+    check_quantized(problem, lib, "tokens", 1e-2, rounding=3e-3)
+
+
+def test_quantized_extremes(lib, seed):
+    """Keys that share a large part, zeros, the largest sums of integers, and NaN that stays in its row."""
+    problem = Problem([90], [90], 2, 64, torch.float32)
+    problem.inputs[1].add_(100 * torch.randn(2, 64))  # of which the softmax sees nothing, float32's mean some
+    check_quantized(problem, lib, limit=1e-2, rounding=3e-3)
+    problem = Problem([300], [300], 1, 64, torch.float32)
+    problem.inputs[0].zero_()
+    problem.inputs[2].fill_(3.0)
+    check_quantized(problem, lib, limit=1e-3)
+    problem.inputs[2].zero_()
+    check_quantized(problem, lib, limit=1e-3)
+    for i in range(3):
+        problem = Problem([20, 20], [20, 20], 1, 16, torch.float32)
+        problem.inputs[i][25] = random.choice([float("nan"), float("inf")])
+        problem.options["quantized"] = 1
+        output = problem.call(lib).forward(2, logsumexp=False)[0]
+        assert bool(output[:20].isfinite().all())
+        assert not output[20:].isfinite().all()
+
+
 def test_empty(lib):
     for lengths_q, lengths_k in [([], []), ([0], [0]), ([0, 0], [3, 0]), ([5, 0], [0, 0])]:
         for tail in (0, 2):
@@ -273,6 +377,7 @@ def test_errors(lib):
     bad = [{"cu_seqlens_q": x.address} for x in offsets[:3]]
     bad += [{"cu_seqlens_k": None}, {"dtype": g.U8}, {"head_dim": 0}, {"head_dim": 129}, {"heads": -1}, {"batch": -1}]
     bad += [{"dropout_p": 1.0}, {"dropout_p": -0.1}, {"dropout_p": float("nan")}, {"output_stride": 31}]
+    bad += [{"quantized": 1, "dropout_p": 0.1}, {"quantized": 1, "logsumexp": out.address}]
     bad += [{"key_token_stride": -1}, {"tokens_k": 6}, {"bias": out.address, "bias_dtype": g.INT8}]
     for changes in bad:
         assert code(**changes) == g.BAD_ARGUMENT, changes
