@@ -17,13 +17,6 @@ constexpr float kToken = 127, kProbability = 8000, kLog2Probability = 12.9657843
 constexpr int kQueryZero = 128;  // queries are unsigned
 constexpr float kMagic = 0x1.8p23f;  // added to a small number: rounds it, and its lowest bits are the integer
 
-// 2^t to 3e-6, for t from -120 up.
-ALBERT_INLINE F exp2_short(F t) {
-  const F n = round(t), f = sub(t, n);
-  const F q = horner(f, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582853876054287f);
-  return scale(fma(f, q, set(1.0f)), n);
-}
-
 // The larger magnitude; NaN, which is the largest of all, stays.
 ALBERT_INLINE F larger_magnitude(F a, F b) { return from_bits(max(bits(abs(a)), bits(abs(b)))); }
 // levels / largest, or 0 where that is too small; and largest / levels, NaN where it is not finite.

@@ -123,6 +123,7 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
                const Chunk& chunk, const Rows<T>& t) {
   alignas(64) float tile[kMaxRows * kPanel];
   const int64_t group = panel_group(w.steps);
+  const bool straight = args.pre_activation == nullptr && args.activation_input == nullptr && args.residual == nullptr;
   for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += group)
     for (int64_t b = 0; b < chunk.blocks; ++b) {
       const int64_t begin = chunk.block_begin(b), row = chunk.row(b);
@@ -138,11 +139,25 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
         multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
                  share_of(w, smaller(p + group, chunk.panel_end - 1), b, chunk.blocks));
         const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
-        if (w.dtype == ALBERT_INT8)
-          dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
-                     bias, columns);
-        else if (bias != nullptr)
+        if (w.dtype == ALBERT_INT8) {
+          const auto dequantize_to = [&](auto put) __attribute__((always_inline)) {
+            dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
+                       bias, columns, put);
+          };
+          if (straight && args.activation == ALBERT_NONE) {
+            dequantize_to([&](int r, int c, F v) { store_columns(out + r * t.stride + c, v, columns - c); });
+            continue;
+          }
+          if (straight && args.activation == ALBERT_GELU_TANH) {
+            dequantize_to([&](int r, int c, F v) {
+              store_columns(out + r * t.stride + c, gelu_tanh_short(v), columns - c);
+            });
+            continue;
+          }
+          dequantize_to([&](int r, int c, F v) { store(tile + r * kPanel + c, v); });
+        } else if (bias != nullptr) {
           add_bias(tile, rows, bias, columns);
+        }
         finish_tile<Y>(args, tile, rows, columns, row, column, out, t.stride);
       }
     }

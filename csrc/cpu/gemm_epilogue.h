@@ -27,17 +27,17 @@ inline void add_bias(float* tile, int rows, const float* bias, int columns) {
   }
 }
 
-// int32 to float32 in place: scale_x scale_w (sum - zero_x column_sum) + bias. Exact but for the conversions of sums
-// beyond 2^24, and one rounding of the difference.
-inline void dequantize(float* tile, int rows, const float* x_scale, const int32_t* x_zero, const float* w_scale,
-                       const int32_t* w_sum, const float* bias, int columns) {
+// put(row, column, scale_x scale_w (sum - zero_x column_sum) + bias) for a tile of int32. Exact but for the conversions
+// of sums beyond 2^24, and one rounding of the difference.
+template <class Put>
+ALBERT_INLINE void dequantize(const float* tile, int rows, const float* x_scale, const int32_t* x_zero,
+                              const float* w_scale, const int32_t* w_sum, const float* bias, int columns, Put put) {
   for (int c = 0; c < kPanel; c += kLanes) {
     const F scale = load(w_scale + c), b = bias == nullptr ? zero() : load_columns(bias + c, columns - c);
     const F w = to_float(load(w_sum + c));
     for (int r = 0; r < rows; ++r) {
-      float* p = tile + r * kPanel + c;
-      const F sums = to_float(load(reinterpret_cast<const int*>(p)));
-      store(p, fma(fnma(w, set(static_cast<float>(x_zero[r])), sums), mul(scale, set(x_scale[r])), b));
+      const F sums = to_float(load(reinterpret_cast<const int*>(tile + r * kPanel + c)));
+      put(r, c, fma(fnma(w, set(static_cast<float>(x_zero[r])), sums), mul(scale, set(x_scale[r])), b));
     }
   }
 }

@@ -42,18 +42,22 @@ inline RowScale row_scale(const Source* x, int64_t k) {
   return {scale + sum(poison[0]), inverse, static_cast<int>(-lowest * inverse + 0.5f)};
 }
 
-ALBERT_INLINE I quantize(F x, const RowScale& row) {
-  // The lowest may come out a rounding below -0.5; the highest, as 256, is store_u8's.
-  return to_int(max(zero(), fma(x, set(row.inverse), set(static_cast<float>(row.zero)))));
+// The lowest may come out a rounding below -0.5, the highest as 256: store_u8 sees to both, the first of which `max` is
+// for where a vector is stored alone.
+ALBERT_INLINE F quantize(F x, const RowScale& row) {
+  return fma(x, set(row.inverse), set(static_cast<float>(row.zero)));
 }
 
 template <class Source>
 inline void quantize_row(const Source* x, int64_t k, const RowScale& row, uint8_t* out) {
   int64_t j = 0;
-  for (; j + kLanes <= k; j += kLanes) store_u8(out + j, quantize(load(x + j), row));
+  const auto at = [&](int64_t i) { return quantize(load(x + i), row); };
+  for (; j + 4 * kLanes <= k; j += 4 * kLanes)
+    store_u8(out + j, to_int(at(j)), to_int(at(j + kLanes)), to_int(at(j + 2 * kLanes)), to_int(at(j + 3 * kLanes)));
+  for (; j + kLanes <= k; j += kLanes) store_u8(out + j, to_int(max(zero(), at(j))));
   if (j < k) {
     alignas(64) uint8_t part[kLanes];
-    store_u8(part, quantize(load(x + j, static_cast<int>(k - j)), row));
+    store_u8(part, to_int(max(zero(), quantize(load(x + j, static_cast<int>(k - j)), row))));
     for (int i = 0; j + i < k; ++i) out[j + i] = part[i];
   }
 }

@@ -43,6 +43,7 @@ ALBERT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 ALBERT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 ALBERT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 ALBERT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+ALBERT_INLINE F reciprocal_short(F a) { return _mm512_rcp14_ps(a); }       // to 6e-5 of itself
 ALBERT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
 ALBERT_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
 ALBERT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN, as max
@@ -96,6 +97,12 @@ ALBERT_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, firs
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(x));
 }
+// Four vectors, one after the other: below 0 becomes 0, beyond 255 255.
+ALBERT_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {
+  const I bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));  // within 128 bits
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
 // The lowest bits of each lane.
 ALBERT_INLINE void store_low8(void* p, I x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 ALBERT_INLINE void store_low16(void* p, I x) {
@@ -125,6 +132,7 @@ ALBERT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 ALBERT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 ALBERT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 ALBERT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+ALBERT_INLINE F reciprocal_short(F a) { return div(set(1.0f), a); }  // AVX2's own has 12 bits
 ALBERT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 ALBERT_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 ALBERT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
@@ -193,6 +201,10 @@ ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   const I words = _mm256_packus_epi32(x, x), bytes = _mm256_packus_epi16(words, words);
   const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(low, high));
+}
+ALBERT_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {
+  const I bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  store(reinterpret_cast<int*>(p), _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 
 #endif

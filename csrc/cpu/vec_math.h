@@ -25,6 +25,13 @@ ALBERT_INLINE F exp2(F t) {
   return scale(fma(f, q, set(1.0f)), n);
 }
 
+// The same to 3e-6 of itself.
+ALBERT_INLINE F exp2_short(F t) {
+  const F n = round(t), f = sub(t, n);
+  const F q = horner(f, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582853876054287f);
+  return scale(fma(f, q, set(1.0f)), n);
+}
+
 ALBERT_INLINE F exp(F x) {
   x = clamp(x, -104.0f, 89.0f);  // beyond: 0 and infinity
   const F n = round(mul(x, set(1.44269504f)));
@@ -73,6 +80,11 @@ ALBERT_INLINE F gelu_tanh_exponential(F x) {  // exp(-2u)
   return exp2(clamp(mul(x, fma(mul(x, x), set(-0.102943240f), set(-2.30220819f))), -150.0f, 150.0f));
 }
 ALBERT_INLINE F gelu_tanh(F x) { return div(x, add(set(1.0f), gelu_tanh_exponential(x))); }
+// To 1e-4 of itself, for what was computed from 8 bits and will be rounded to them again.
+ALBERT_INLINE F gelu_tanh_short(F x) {
+  const F u = mul(x, fma(mul(x, x), set(-0.102943240f), set(-2.30220819f)));
+  return mul(x, reciprocal_short(add(set(1.0f), exp2_short(clamp(u, -100.0f, 100.0f)))));
+}
 ALBERT_INLINE F gelu_tanh_gradient(F x) {
   x = clamp(x, -10.0f, 30.0f);  // 0 and 1 beyond, and no overflow
   const F e = gelu_tanh_exponential(x), s = div(set(1.0f), add(set(1.0f), e));
