@@ -133,9 +133,6 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
         const int64_t column = p * kPanel;
         const int columns = static_cast<int>(smaller(kPanel, w.n - column));
         T* out = t.row(row) + column;
-        constexpr int per_line = 64 / sizeof(T);
-        for (int r = 0; r < rows; ++r)  // t's lines arrive while the tile is computed
-          for (int c = 0; c < columns; c += per_line) __builtin_prefetch(out + r * t.stride + c, 1);
         multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
                  share_of(w, smaller(p + group, chunk.panel_end - 1), b, chunk.blocks));
         const float* bias = args.bias == nullptr ? nullptr : args.bias + column;

@@ -32,12 +32,19 @@ inline void add_bias(float* tile, int rows, const float* bias, int columns) {
 template <class Put>
 ALBERT_INLINE void dequantize(const float* tile, int rows, const float* x_scale, const int32_t* x_zero,
                               const float* w_scale, const int32_t* w_sum, const float* bias, int columns, Put put) {
-  for (int c = 0; c < kPanel; c += kLanes) {
-    const F scale = load(w_scale + c), b = bias == nullptr ? zero() : load_columns(bias + c, columns - c);
-    const F w = to_float(load(w_sum + c));
-    for (int r = 0; r < rows; ++r) {
-      const F sums = to_float(load(reinterpret_cast<const int*>(tile + r * kPanel + c)));
-      put(r, c, fma(fnma(w, set(static_cast<float>(x_zero[r])), sums), mul(scale, set(x_scale[r])), b));
+  constexpr int vectors = kPanel / kLanes;
+  F scale[vectors], sum[vectors], b[vectors];
+  for (int v = 0; v < vectors; ++v) {
+    scale[v] = load(w_scale + v * kLanes);
+    sum[v] = to_float(load(w_sum + v * kLanes));
+    b[v] = bias == nullptr ? zero() : load_columns(bias + v * kLanes, columns - v * kLanes);
+  }
+  for (int r = 0; r < rows; ++r) {
+    const F row_scale = set(x_scale[r]), row_zero = set(static_cast<float>(x_zero[r]));
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const F sums = to_float(load(reinterpret_cast<const int*>(tile + r * kPanel + v * kLanes)));
+      put(r, v * kLanes, fma(fnma(sum[v], row_zero, sums), mul(scale[v], row_scale), b[v]));
     }
   }
 }
