@@ -609,7 +609,8 @@ def encoder(
         return_all: also the input of the first pass and the output of each.
         attentions: a list that receives each pass's probabilities [batch, heads, max_seqlen, max_seqlen], zero beyond
             each row. Only the reference stores them: it serves such a call.
-        quantized: the products in int8 (see `albert_fast.ops.quantized_linear`), without a gradient.
+        quantized: the products in int8 (see `albert_fast.ops.quantized_linear`), without a gradient; on processors with
+            VNNI those of attention in integers, too (csrc/cpu/attention.h).
         input_means: [passes, 3 hidden + inner] floating point: for each pass the mean input of the query, key and value
             products, of `dense`, `ffn` and `ffn_output`, by which quantized products correct their biases.
 

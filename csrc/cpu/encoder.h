@@ -9,6 +9,7 @@
  *
  * The feed-forward half goes by a thousand tokens at a time: its wide matrix then stays in cache and is never whole,
  * unless backward is to have it. The gradients of a layer's parameters are float32 sums over all of its passes.
+ * With int8 weights, and where nothing is kept for backward, attention is `quantized` (attention.h).
  * Tokens beyond the last row attend to nothing and are computed like others: what they hold means nothing.
  * Matrices are contiguous; sizes may be 0.
  */
