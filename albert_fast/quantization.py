@@ -3,8 +3,8 @@
 The products of the shared layer, nearly all of a model's work, are done in 8-bit integers
 (`albert_fast.ops.quantized_linear`); LayerNorm, embeddings and heads stay as they are. So does attention, but on
 processors with VNNI, where the `cpu` backend computes it in integers as well (csrc/cpu/attention.h): of 8 bits for the
-scores, of 11 and 13 for the output, which adds little to the error of the products. The float parameters stay,
-too: they are what is saved, the integers follow from them alone, and `quantize(model, False)` is an exact undo.
+scores, of 11 and 13 for the output, which adds less than the products do. The float parameters stay, too: they are what
+is saved, the integers follow from them alone, and `quantize(model, False)` is an exact undo.
 
 Rounding one layer's weights is the same mistake in each of its passes, and most of it is the same for every token. The
 mean input of each product in each pass is therefore measured once, and the biases make up for the mistake: that more

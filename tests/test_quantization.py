@@ -52,15 +52,20 @@ def test_it_is_close_and_the_undo_is_exact(backend, dtype, model, ids, monkeypat
         assert torch.equal(model.quantize(False)(ids).last_hidden_state, before)
 
 
+@pytest.mark.parametrize("isa", ["avx2", ""])
 @pytest.mark.parametrize("backend", available())
-def test_every_backend_rounds_alike(backend, model, ids, monkeypatch):
-    """One pass: what differs is whose float32 sums go before, which moves few values over a rounding's edge."""
-    model = AlbertModel(AlbertConfig(**{**SHAPE, "num_hidden_layers": 1})).eval().quantize()
+def test_every_backend_rounds_alike(backend, isa, ids, monkeypatch):
+    """One pass. Without VNNI, what differs is whose float32 sums go before, which moves few values over a rounding's
+    edge. With it attention is rounded, too (csrc/cpu/attention.h), which must cost less than rounding the products."""
+    model = AlbertModel(AlbertConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    monkeypatch.setenv("ALBERT_FAST_ISA", isa)
     with torch.no_grad():
         monkeypatch.setenv("ALBERT_FAST_BACKEND", "reference")
-        expected = model(ids).last_hidden_state
+        exact = model(ids).last_hidden_state
+        expected = model.quantize()(ids).last_hidden_state
         monkeypatch.setenv("ALBERT_FAST_BACKEND", backend)
-        assert relative_error(model(ids).last_hidden_state, expected) < 2e-3
+        difference = relative_error(model(ids).last_hidden_state, expected)
+    assert difference < (2e-3 if isa == "avx2" else 0.8 * relative_error(expected, exact))
 
 
 @pytest.mark.parametrize("backend", available())
