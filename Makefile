@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VENV36 := $(VENV)/triton36
 
-.PHONY: bench test test-slow lint sanitize gpu clean
+.PHONY: bench test test-slow lint aot sanitize gpu clean
 
 # torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
 # nothing that follows asks for another build.
@@ -29,6 +30,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every configuration of every Triton kernel, compiled without a GPU by both versions of Triton that are supported.
+aot: $(STAMP) $(VENV36)/.installed
+	$(BIN)/python -m albert_fast.kernels.aot --all $(ARGS)
+	$(VENV36)/bin/python -m albert_fast.kernels.aot --all $(ARGS)
+
+# An environment that has Triton 3.6 to itself and finds all else in .venv.
+$(VENV36)/.installed: $(STAMP)
+	test -x $(VENV36)/bin/python || $(BIN)/python -m venv --without-pip $(VENV36)
+	$(BIN)/pip --python $(VENV36)/bin/python install -q --no-deps triton==3.6.0
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(VENV36)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/all_else.pth"
+	touch $(VENV36)/.installed
+
 # The tests of csrc under AddressSanitizer and UndefinedBehaviorSanitizer, with a library built for them.
 sanitize: export ALBERT_FAST_CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
 sanitize: $(STAMP)
@@ -36,7 +50,8 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/csrc $(ARGS)
 
-# On a machine with a GPU, in the environment that is there (no .venv, no network): parity, benchmark, a JSON report.
+# On a machine with a GPU, in the environment that is there (no .venv, no network): parity tests and benchmarks, stage by
+# stage, and their report in OUT. Which stages there are, and what they may take: `python benchmarks/gpu.py --help`.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(or $(OUT),benchmarks/results/gpu) $(ARGS)
 

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from albert_fast.config import AlbertConfig
+from albert_fast.graphs import graphed
 from albert_fast.model import (
     AlbertForMaskedLM,
     AlbertForMultipleChoice,
@@ -32,5 +33,6 @@ __all__ = [
     "AlbertModel",
     "AlbertPreTrainedModel",
     "PackedBatch",
+    "graphed",
     "quantize",
 ]

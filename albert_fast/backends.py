@@ -103,8 +103,22 @@ CPU = Backend(
     load=lambda: _cpu().load(),
 )
 
+
+def _triton() -> ModuleType:
+    from albert_fast import triton_backend
+
+    return triton_backend
+
+
+TRITON = Backend(
+    name="triton",
+    unavailable=lambda: _triton().unavailable(),
+    declines=lambda call: _triton().declines(call),
+    load=lambda: _triton().load(),
+)
+
 # Best first.
-BACKENDS: list[Backend] = [CPU, REFERENCE]
+BACKENDS: list[Backend] = [CPU, TRITON, REFERENCE]
 
 
 def choose(call: Call) -> Backend:

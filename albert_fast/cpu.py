@@ -16,6 +16,7 @@ from torch import Tensor
 from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
+from albert_fast.ops.masked_lm_loss import no_token_grads
 from albert_fast.prepared import CODES, packed_weights, quantized_weights
 
 # csrc/cpu/gemm.h
@@ -139,6 +140,9 @@ def _encoder_inference(
 ) -> Tensor:
     kept_memory.release()
     return _encoder(hidden, parameters, cu_seqlens, options, [])
+
+
+_implements("encoder_kept_shapes")(kept_shapes)
 
 
 @_implements("encoder")
@@ -443,6 +447,9 @@ def _embed_layer_norm_backward(
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
+_implements("masked_lm_loss_token_grads_shape")(no_token_grads)
+
+
 @_implements("masked_lm_loss")
 def _masked_lm_loss(
     x: Tensor,
@@ -452,13 +459,14 @@ def _masked_lm_loss(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     correct = x.new_empty(x.shape[0], dtype=torch.bool)
     torch.ops.albert_fast_native.masked_lm_loss(
         _rows(x),
-        _rows(table),
-        bias,
+        _rows(table.to(x.dtype)),
+        bias.to(x.dtype),
         labels.contiguous(),
         ignore_index,
         label_smoothing,
@@ -467,7 +475,7 @@ def _masked_lm_loss(
         logsumexp,
         correct,
     )
-    return loss, logsumexp, correct
+    return loss, logsumexp, correct, x.new_empty(0)
 
 
 @_implements("masked_lm_loss_backward")
@@ -478,6 +486,7 @@ def _masked_lm_loss_backward(
     bias: Tensor,
     labels: Tensor,
     logsumexp: Tensor,
+    token_grads: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -487,8 +496,8 @@ def _masked_lm_loss_backward(
     torch.ops.albert_fast_native.masked_lm_loss_backward(
         grad_loss.contiguous(),
         _rows(x),
-        _rows(table),
-        bias,
+        _rows(table.to(x.dtype)),
+        bias.to(x.dtype),
         labels.contiguous(),
         logsumexp.contiguous(),
         ignore_index,

@@ -24,7 +24,7 @@ from albert_fast import ops, quantization
 from albert_fast.activations import ACTIVATIONS
 from albert_fast.checkpoint import check_state_dict, read_state_dict, write_state_dict
 from albert_fast.config import AlbertConfig
-from albert_fast.ops.checks import check, describe, values_can_be_read
+from albert_fast.ops.checks import check, describe, is_being_recorded, values_can_be_read
 from albert_fast.ops.encoder import RECOMPUTE, observe_input_means
 from albert_fast.outputs import (
     AlbertForPreTrainingOutput,
@@ -447,9 +447,10 @@ class AlbertPreTrainedModel(nn.Module):
         elif attention_mask is not None and not unpad and attention_mask.dim() == 2 and tokens is not None:
             keep = (attention_mask != 0)[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
             bias, mask = self._additive(keep), None
-        # A compiler needs shapes that do not depend on the mask's values: all places are allotted.
-        fixed = mask is not None and torch.compiler.is_compiling() and tokens is not None
-        capacity = tokens.shape[0] * tokens.shape[1] if fixed and tokens is not None else None
+        # A compiler and a CUDA graph need shapes that do not depend on the mask's values: all places are allotted.
+        capacity = None
+        if mask is not None and tokens is not None and (torch.compiler.is_compiling() or is_being_recorded(tokens)):
+            capacity = tokens.shape[0] * tokens.shape[1]
         batch = PackedBatch.from_padded(input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity)
         return batch, bias
 

@@ -187,7 +187,8 @@ class PackedBatch:
             mask = torch.ones(places, dtype=torch.bool, device=device)
             cu_seqlens = _full_cu_seqlens(batch_size, seq_length, device)
         if capacity is not None:
-            _check_capacity(cu_seqlens, capacity)
+            if capacity < places:
+                _check_capacity(cu_seqlens, capacity)
             indices = _indices_of_fixed_length(mask, capacity)
         else:
             indices = mask.nonzero().squeeze(1)

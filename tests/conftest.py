@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU the Triton kernels are tried in Triton's interpreter. It has to be asked for before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Helpers that assert: pytest then shows the values, as it does for asserts in the tests themselves.
 pytest.register_assert_rewrite("ops.parity")
 

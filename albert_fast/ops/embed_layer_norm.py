@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
+from albert_fast.ops import shared_table
 from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_ids, check_tensor, describe
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
@@ -187,6 +188,37 @@ def _(grad_output, inputs, position_ids, token_type_ids, *tensors):  # type: ign
     return tuple(tensor.new_empty(tensor.shape) for tensor in (embeds, *tensors[:5]))
 
 
+@torch.library.custom_op("albert_fast::embed_layer_norm_backward_sparse", mutates_args=())
+def _sparse_backward_op(
+    grad_output: Tensor,
+    inputs: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    cu_seqlens: Tensor | None,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, with the gradient of `word` as ids [tokens], sorted, and rows [tokens, E]: of several rows with one id
+    all but the first are zero."""
+    function = backends.implementation("embed_layer_norm_backward_sparse", _call(word))
+    tensors = (inputs, position_ids, token_type_ids, word, position, token_type, weight, bias)
+    return function(grad_output.contiguous(), *tensors, eps, dropout_p, seed, site, cu_seqlens, padding_idx)
+
+
+@_sparse_backward_op.register_fake
+def _(grad_output, inputs, position_ids, token_type_ids, word, *tensors):  # type: ignore[no-untyped-def]
+    rows = torch.empty_like(inputs), word.new_empty(grad_output.shape)
+    return *rows, *(tensor.new_empty(tensor.shape) for tensor in tensors[:4])
+
+
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, ctx.eps, ctx.dropout_p, seed, ctx.site, cu_seqlens, ctx.padding_idx = inputs
     ctx.save_for_backward(*tensors, seed, cu_seqlens)
@@ -195,8 +227,15 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _autograd(ctx, grad_output):  # type: ignore[no-untyped-def]
     *tensors, seed, cu_seqlens = ctx.saved_tensors
     options = (ctx.eps, ctx.dropout_p, seed, ctx.site, cu_seqlens, ctx.padding_idx)
+    inputs, word = tensors[0], tensors[3]
+    offered = backends.choose(_call(word)).load()
+    has_sparse = "embed_layer_norm_backward_sparse" in offered and not inputs.is_floating_point()
+    if has_sparse and shared_table.has_dense_gradient(ctx, 3):
+        ids, rows, *grads = _sparse_backward_op(grad_output, *tensors, *options)
+        grad_word = torch.sparse_coo_tensor(ids[None], rows, word.shape, check_invariants=False)
+        return None, None, None, grad_word, *grads, *([None] * 6)
     grad_inputs, *grads = _backward_op(grad_output, *tensors, *options)
-    return grad_inputs if tensors[0].is_floating_point() else None, None, None, *grads, *([None] * 6)
+    return grad_inputs if inputs.is_floating_point() else None, None, None, *grads, *([None] * 6)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

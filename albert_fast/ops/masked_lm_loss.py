@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from albert_fast import backends
+from albert_fast.ops import shared_table
 from albert_fast.ops.checks import FLOATS, check, check_ids, check_tensor, values_can_be_read
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -119,10 +120,24 @@ def _forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return masked_lm_loss_reference(
-        x, table, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = masked_lm_loss_reference(
+        x,
+        table.to(x.dtype),
+        bias.to(x.dtype),
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
     )
+    return *results, x.new_empty(0)
+
+
+@backends.reference("masked_lm_loss_token_grads_shape")
+def no_token_grads(x: Tensor, training: bool) -> tuple[int, ...]:
+    """Of backends that leave all of the gradient to the backward."""
+    return (0,)
 
 
 @backends.reference("masked_lm_loss_backward")
@@ -133,6 +148,7 @@ def _backward(
     bias: Tensor,
     labels: Tensor,
     logsumexp: Tensor,
+    token_grads: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -140,6 +156,8 @@ def _backward(
     dtype = logsumexp.dtype
     grad_x = torch.zeros_like(x)
     grad_table, grad_bias = torch.zeros_like(table, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
+    wanted = (table.dtype, bias.dtype)
+    table, bias = table.to(x.dtype), bias.to(x.dtype)
     for positions in _chunks(x, table, labels, ignore_index):
         rows, total = x[positions], logsumexp[positions].unsqueeze(-1)
         grad = (_logits(rows, table, bias) - total).exp_() * (1.0 + 2.0 * z_loss * total)
@@ -150,7 +168,7 @@ def _backward(
         grad_x[positions] = (grad @ table.to(dtype)).to(x.dtype)
         grad_table.addmm_(grad.t(), rows.to(dtype))
         grad_bias += grad.sum(dim=0)
-    return grad_x, grad_table.to(table.dtype), grad_bias.to(bias.dtype)
+    return grad_x, grad_table.to(wanted[0]), grad_bias.to(wanted[1])
 
 
 def _call(x: Tensor) -> backends.Call:
@@ -166,16 +184,21 @@ def _op(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, logsumexp, correct, and where the backend has them for nothing while `training`, the gradients of each
+    token's loss with respect to its x, [tokens, E]: else they are empty."""
     function = backends.implementation("masked_lm_loss", _call(x))
-    return function(x, table, bias, labels, ignore_index, label_smoothing, z_loss)
+    return function(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training)
 
 
 @_op.register_fake
-def _(x, table, bias, labels, *args):  # type: ignore[no-untyped-def]
+def _(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(x.shape[0], dtype=dtype)
-    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
+    token_grads_shape = backends.implementation("masked_lm_loss_token_grads_shape", _call(x))
+    token_grads = x.new_empty(token_grads_shape(x, training))
+    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool), token_grads
 
 
 @torch.library.custom_op("albert_fast::masked_lm_loss_backward", mutates_args=())
@@ -186,12 +209,13 @@ def _backward_op(
     bias: Tensor,
     labels: Tensor,
     logsumexp: Tensor,
+    token_grads: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     function = backends.implementation("masked_lm_loss_backward", _call(x))
-    return function(grad_loss, x, table, bias, labels, logsumexp, ignore_index, label_smoothing, z_loss)
+    return function(grad_loss, x, table, bias, labels, logsumexp, token_grads, ignore_index, label_smoothing, z_loss)
 
 
 @_backward_op.register_fake
@@ -200,15 +224,17 @@ def _(grad_loss, x, table, bias, *args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss = inputs
-    _, logsumexp, correct = output
-    ctx.mark_non_differentiable(logsumexp, correct)
-    ctx.save_for_backward(*tensors, logsumexp)
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss, _ = inputs
+    _, logsumexp, correct, token_grads = output
+    ctx.mark_non_differentiable(logsumexp, correct, token_grads)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, logsumexp, token_grads)
 
 
-def _autograd(ctx, grad_loss, _grad_logsumexp, _grad_correct):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_loss, *_grads_of_statistics):  # type: ignore[no-untyped-def]
     options = (ctx.ignore_index, ctx.label_smoothing, ctx.z_loss)
-    return *_backward_op(grad_loss, *ctx.saved_tensors, *options), *([None] * 4)
+    shared_table.note_dense_gradient(ctx, 1)
+    return *_backward_op(grad_loss, *ctx.saved_tensors, *options), *([None] * 5)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -289,9 +315,10 @@ def masked_lm_loss_with_statistics(
             x, table, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
         )
     else:
-        if autocast:
-            x, table, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, table, bias))
-        loss, logsumexp, correct = _op(x, table, bias, labels, ignore_index, label_smoothing, z_loss)
+        if autocast:  # the operator casts the table: its gradient then needs no cast back, and is rounded once
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, table, bias))
+        loss, logsumexp, correct, _ = _op(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training)
     statistics = MaskedLMStatistics(loss.detach(), logsumexp, correct, labelled)
     if reduction == "mean":
         loss = loss.sum() / labelled.sum().clamp(min=1)

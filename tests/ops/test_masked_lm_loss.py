@@ -67,7 +67,7 @@ class Case:
         return {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0} | self.options
 
     def operator_arguments(self) -> tuple[Any, ...]:
-        return *self.tensors.values(), *self.full_options().values()
+        return *self.tensors.values(), *self.full_options().values(), True
 
     def reduce(self, losses: Tensor, labels: Tensor) -> Tensor:
         if self.reduction == "none":
@@ -82,7 +82,7 @@ class Case:
 
         def operator(x: Tensor, table: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
             options = self.full_options().values()
-            losses, _, _ = torch.ops.albert_fast.masked_lm_loss(x, table, bias, labels, *options)
+            losses, *_ = torch.ops.albert_fast.masked_lm_loss(x, table, bias, labels, *options, True)
             return self.reduce(losses, labels)
 
         return operator
@@ -187,7 +187,7 @@ def test_the_statistics(implementation, variant, device, monkeypatch):
     logits = F.linear(x, table, bias)
     labelled = labels != -100
     if parity.use(implementation, backends.Call("masked_lm_loss", x.device, x.dtype), monkeypatch):
-        loss, logsumexp, correct = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
+        loss, logsumexp, correct, _ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
     else:
         mean, statistics = masked_lm_loss_with_statistics(x, table, bias, labels, **case.options)
         loss, logsumexp, correct, found = statistics
@@ -215,7 +215,7 @@ def test_of_several_largest_logits_the_first_counts(implementation, device, monk
     case.tensors["bias"].fill_(1.0)[:2] = 0.0
     case.tensors["labels"] = torch.arange(12, device=device) % 9
     case.implementation(implementation, monkeypatch)
-    _, logsumexp, correct = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
+    _, logsumexp, correct, _ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
     assert correct.tolist() == [label == 2 for label in case.tensors["labels"].tolist()]
     torch.testing.assert_close(logsumexp, torch.full_like(logsumexp, math.log(2 + 7 * math.e)))
 
@@ -272,13 +272,13 @@ def test_the_reference_holds_the_logits_of_a_few_tokens(device, monkeypatch):
     arguments = case.operator_arguments()
     whole = differentiate(function, case.tensors, case.upstream)
     with torch.no_grad():
-        losses, logsumexp, _ = forward(*arguments)
+        losses, logsumexp, _, token_grads = forward(*arguments)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", rows * vocabulary)
     with LargestTensor() as largest:
         in_chunks = differentiate(function, case.tensors, case.upstream)
         with torch.no_grad():
-            again, _, _ = forward(*arguments)
-            grads = backward(case.upstream, *arguments[:4], logsumexp, *arguments[4:])
+            again, *_ = forward(*arguments)
+            grads = backward(case.upstream, *arguments[:4], logsumexp, token_grads, *arguments[4:-1])
     assert largest.numel <= rows * vocabulary
     assert_all_close(in_chunks, whole)
     by_hand = dict(zip(("output", "x", "table", "bias"), (again, *grads), strict=True))
@@ -310,8 +310,8 @@ def test_opcheck(dtype, device):
     case = Case(9, 4, 11, dtype=dtype, device=device, label_smoothing=0.1, z_loss=1e-3)
     arguments = case.operator_arguments()
     parity.check_operator(torch.ops.albert_fast.masked_lm_loss.default, arguments)
-    losses, logsumexp, _ = torch.ops.albert_fast.masked_lm_loss(*arguments)
-    backward = (torch.randn_like(losses), *arguments[:4], logsumexp, *arguments[4:])
+    losses, logsumexp, _, token_grads = torch.ops.albert_fast.masked_lm_loss(*arguments)
+    backward = (torch.randn_like(losses), *arguments[:4], logsumexp, token_grads, *arguments[4:-1])
     operator = torch.ops.albert_fast.masked_lm_loss_backward.default
     parity.check_operator(operator, backward, without_gradient=tuple(range(len(backward))))
 

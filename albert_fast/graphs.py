@@ -1,0 +1,227 @@
+"""Models as CUDA graphs: the kernels of a whole forward (or forward and backward) started by one call.
+
+A batch of one short text is a few dozen kernels of a few microseconds each, and starting them one after the other costs
+more than running them. A graph is recorded for fixed shapes: `graphed` has a set of them, pads each batch to the
+smallest that holds it, and cuts the outputs. While a graph is recorded the models pack with fixed capacity
+(`albert_fast.packing`): attention does no work for the padding, the matrix products do. Choose shapes near those of the
+batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from albert_fast.model import IGNORE_INDEX, AlbertPreTrainedModel
+from albert_fast.ops.checks import check, check_tensor, describe
+
+DEFAULT_SHAPES = tuple((1, length) for length in (16, 32, 64, 128, 256, 512))
+
+# What the places beyond the batch hold.
+_FILL = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+
+_WARM_UPS = 3
+
+# Fields of the outputs that have a place for each token beside those that are [batch, seq, …] by their dimensions.
+_OF_TOKENS = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
+
+
+def graphed(model: AlbertPreTrainedModel, shapes: Sequence[tuple[int, int]] = DEFAULT_SHAPES) -> GraphedModel:
+    """`model` as CUDA graphs, one for each of `shapes`, recorded when it is first needed.
+
+    Args:
+        model: on a GPU. The graphs read its parameters where they lie: they follow optimizers, load_state_dict and
+            every other edit in place; after `.to()` they are recorded again.
+        shapes: (batch, length) of the graphs. A batch that none of them holds is refused: give it a shape.
+
+    Returns:
+        a module that is called as `model` is, with padded batches on the GPU. In eval mode, or without a gradient, it
+        returns new tensors as `model` does. In training mode it returns the loss alone, whose backward is a graph, too:
+        one backward for each forward. Dropout draws a new seed in each replay.
+
+    Raises:
+        ValueError: the model is not on a GPU, or no shape is given.
+    """
+    check(len(shapes) > 0, "shapes is empty; at least one (batch, length) was expected")
+    check_on_gpu(model)
+    longest = model.config.max_position_embeddings
+    for batch, length in shapes:
+        check(
+            batch >= 1 and 1 <= length <= longest,
+            f"shapes holds ({batch}, {length}); at least one row of 1 to {longest} tokens was expected",
+        )
+    return GraphedModel(model, shapes)
+
+
+def check_on_gpu(model: AlbertPreTrainedModel) -> None:
+    check(model.device.type == "cuda", f"model is on {model.device}; CUDA graphs need a GPU: model.to('cuda')")
+
+
+class GraphedModel(nn.Module):
+    """What `graphed` returns."""
+
+    def __init__(self, model: AlbertPreTrainedModel, shapes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.model = model
+        self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+        self._recorded: dict[tuple[object, ...], _Recorded] = {}
+        self._addresses: tuple[int, ...] = ()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As the model's forward with a padded batch; `options` are its other arguments but tensors.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, or no shape holds the batch; the message names it.
+        """
+        check_tensor("input_ids", input_ids, (None, None), dtype=(torch.int64, torch.int32))
+        check(input_ids.device == self.model.device, f"input_ids is on {input_ids.device}, the model elsewhere")
+        batch, length = input_ids.shape
+        shape = self._shape_for(batch, length)
+        given = {
+            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
+        tensors = {"input_ids": input_ids, **{name: t for name, t in given.items() if t is not None}}
+        for name, tensor in tensors.items():
+            of_rows = name == "labels" and tensor.dim() == 1
+            check_tensor(name, tensor, (batch,) if of_rows else (batch, length), like=input_ids)
+        for name, value in options.items():
+            check(
+                not isinstance(value, Tensor),
+                f"{name} is {describe(value) if isinstance(value, Tensor) else value}; a graph takes tensors as "
+                "input_ids, attention_mask, token_type_ids, position_ids and labels only",
+            )
+        attentions = options.get("output_attentions")
+        check(
+            not (self.model.config.output_attentions if attentions is None else attentions),
+            "output_attentions is True; the attention's probabilities come from the reference, which waits for values "
+            "on the host: call the model itself for them",
+        )
+        training = self.model.training and torch.is_grad_enabled()
+        check(not training or labels is not None, "labels is None; in training mode the graph computes the loss")
+        recorded = self._record(shape, tensors, options, training)
+        results = recorded(tensors)
+        return results if training else _cut(results, batch, length, shape)
+
+    def _shape_for(self, batch: int, length: int) -> tuple[int, int]:
+        for rows, columns in self.shapes:
+            if batch <= rows and length <= columns:
+                return rows, columns
+        raise ValueError(
+            f"input_ids has {batch} rows of {length} and no shape of {self.shapes} holds them: "
+            "give graphed() a larger one, or split the batch"
+        )
+
+    def _record(
+        self, shape: tuple[int, int], tensors: dict[str, Tensor], options: dict[str, Any], training: bool
+    ) -> _Recorded:
+        addresses = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+        if addresses != self._addresses:
+            self._recorded.clear()
+            self._addresses = addresses
+        device = self.model.device.type
+        kinds = tuple((name, tensor.dtype, tensor.dim()) for name, tensor in tensors.items())
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (shape, kinds, tuple(sorted(options.items())), training, self.model.training, autocast)
+        if key not in self._recorded:
+            self._recorded[key] = _Recorded(self.model, shape, tensors, options, training)
+        return self._recorded[key]
+
+
+class _Recorded:
+    """A graph, and the tensors that it reads and writes."""
+
+    def __init__(
+        self,
+        model: AlbertPreTrainedModel,
+        shape: tuple[int, int],
+        tensors: dict[str, Tensor],
+        options: dict[str, Any],
+        training: bool,
+    ) -> None:
+        self.fill = {name: _FILL[name] for name in tensors}
+        self.fill["input_ids"] = model.config.pad_token_id or 0
+        self.inputs = {
+            name: tensor.new_full(shape[: tensor.dim()], self.fill[name]) for name, tensor in tensors.items()
+        }
+        # What is run while it is recorded has a token in each row.
+        self.inputs["attention_mask"][:, 0] = 1
+        self.run = (_training_step if training else _inference)(model, self.inputs, options)
+
+    def __call__(self, tensors: dict[str, Tensor]) -> Any:
+        for name, tensor in tensors.items():
+            static = self.inputs[name]
+            if tensor.shape != static.shape:
+                static.fill_(self.fill[name])
+            static[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+        return self.run()
+
+
+def _inference(model: AlbertPreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[[], Any]:
+    """Replays the forward; the outputs lie in the graph's own memory."""
+    with torch.no_grad(), torch.cuda.device(model.device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # handles, workspaces and tuning come before the recording
+            for _ in range(_WARM_UPS):
+                model(**inputs, **options, return_dict=True)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = model(**inputs, **options, return_dict=True)
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _training_step(
+    model: AlbertPreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]
+) -> Callable[[], Any]:
+    """Replays forward, and in the loss's backward that."""
+
+    class Loss(nn.Module):
+        """PyTorch's recorder takes a module of tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            named = dict(zip(inputs, tensors, strict=True))
+            return self.model(**named, **options, return_dict=True).loss
+
+    arguments = tuple(inputs.values())
+    with torch.cuda.device(model.device):
+        step = torch.cuda.make_graphed_callables(Loss().train(), arguments, num_warmup_iters=_WARM_UPS)
+    return lambda: step(*arguments)
+
+
+def _cut(outputs: Any, rows: int, columns: int, shape: tuple[int, int]) -> Any:
+    """The part of the outputs that belongs to the batch, in memory of its own."""
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(name, item) for item in value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value.clone() if isinstance(value, Tensor) else value
+        of_tokens = name in _OF_TOKENS or (value.dim() == 3 and value.shape[:2] == shape)
+        return value[:rows, :columns].clone() if of_tokens else value[:rows].clone()
+
+    return replace(outputs, **{field.name: cut(field.name, getattr(outputs, field.name)) for field in fields(outputs)})

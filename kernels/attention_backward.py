@@ -1,0 +1,476 @@
+"""Attention, backward, from the logsumexp of the forward: nothing of size [queries, keys] is stored, no atomics.
+
+    P  = exp(scores - logsumexp)            dV = Pᵀ dO
+    dS = P (dO Vᵀ - rowsum(dO O))           dQ = scale dS K,  dK = scale dSᵀ Q
+
+(Dao et al., arXiv 2205.14135, appendix B.) One kernel goes over the keys for a tile of queries (dQ, and rowsum(dO O) for
+the other kernel), one over the queries for a tile of keys (dK, dV): 7 products of tiles where 5 would do, and no sums
+across programs. Where rows are short a tile of keys is all of the row: the second kernel then computes dQ as well,
+with 5 products, and is the only one.
+
+Precision: P, dS and all sums in float32; P and dS are rounded to the inputs' dtype before their products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from albert_fast.kernels import dropout
+from albert_fast.kernels.attention_tile import (
+    LOG2E,
+    add_bias,
+    bias_layout,
+    first_beyond,
+    kept,
+    load_tile,
+    row_range,
+    rows,
+    slots,
+    store_tile,
+    store_zeros,
+    tile_of,
+    visible,
+)
+from albert_fast.kernels.launch import Config, Tiles, dot_precision, launch, next_power_of_2
+from albert_fast.ops.attention import AttentionOptions
+
+_NOT_SPECIALIZED = ["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
+
+
+# In `exponent` and `delta` each row begins at a multiple of this, for aligned reads, and its last tile is filled: no tile of
+# queries may be larger.
+PADDING = tl.constexpr(128)
+
+
+@triton.jit
+def _padded_begin(cu_seqlens, row):
+    """Of a row in `exponent` and `delta`: as `tile_of` counts slots of PADDING."""
+    return (tl.load(cu_seqlens + row) // PADDING + row) * PADDING
+
+
+@triton.jit
+def _exponent(logsumexp, begin, queries, length):
+    """What is subtracted from the scores in units of ln 2; infinity where there is no query or it sees no key: P = 0."""
+    loaded = tl.load(logsumexp + begin + queries, mask=queries < length, other=float("-inf"))
+    return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def grad_query_kernel(
+    query,
+    key,
+    value,
+    output,
+    grad_output,
+    logsumexp,  # [heads, tokens_q], float32
+    exponent,  # [heads, padded_q], float32, written: what `_exponent` gives
+    delta,  # the same, written: rowsum(dO O)
+    grad_query,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    bias,
+    seed,
+    tokens_q,
+    tokens_k,
+    batch,
+    heads,
+    max_seqlen_q,
+    max_seqlen_k,
+    padded_q,
+    query_stride,
+    query_stride_head,
+    key_stride,
+    key_stride_head,
+    value_stride,
+    value_stride_head,
+    output_stride,
+    output_stride_head,
+    grad_output_stride,
+    grad_output_stride_head,
+    grad_query_stride,
+    grad_query_stride_head,
+    bias_columns,
+    bias_stride_row,
+    bias_stride_head,
+    bias_stride_q,
+    bias_stride_k,
+    scale,
+    site,
+    keep_limit,
+    dropout_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    slot = tl.program_id(0) // heads
+    head = tl.program_id(0) - slot * heads
+    head64 = head.to(tl.int64)
+    grad_query += head64 * grad_query_stride_head
+    beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_M)
+    if beyond < tokens_q:
+        store_zeros(grad_query, beyond, tokens_q, grad_query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+    row, tile = tile_of(cu_seqlens_q, slot, tokens_q, batch, max_seqlen_q, BLOCK_M)
+    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
+    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
+    first_q = tile * BLOCK_M
+    if first_q >= length_q:
+        return
+
+    query += head64 * query_stride_head
+    key += head64 * key_stride_head
+    value += head64 * value_stride_head
+    output += head64 * output_stride_head
+    grad_output += head64 * grad_output_stride_head
+    if bias is not None:
+        bias += row.to(tl.int64) * bias_stride_row + head64 * bias_stride_head
+    q = load_tile(query, begin_q, first_q, length_q, query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+    grad_o = load_tile(grad_output, begin_q, first_q, length_q, grad_output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+    o = load_tile(output, begin_q, first_q, length_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+    row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), axis=1)  # [M]
+    queries = first_q + tl.arange(0, BLOCK_M)
+    row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
+    padded_begin = head64 * padded_q + _padded_begin(cu_seqlens_q, row)
+    tl.store(exponent + padded_begin + queries, row_exponent)
+    tl.store(delta + padded_begin + queries, row_delta)
+    if first_q + BLOCK_M >= length_q:
+        # The other kernel's tiles may end later.
+        others = first_q + BLOCK_M + tl.arange(0, PADDING)
+        inside = others < tl.cdiv(length_q, PADDING) * PADDING
+        tl.store(exponent + padded_begin + others, tl.full((PADDING,), float("inf"), tl.float32), mask=inside)
+        tl.store(delta + padded_begin + others, tl.zeros((PADDING,), tl.float32), mask=inside)
+
+    # All queries of the tile see the keys before `full`, some see those before `end`.
+    full = length_k
+    end = length_k
+    if CAUSAL:
+        full = tl.minimum(tl.maximum(first_q + 1 + length_k - length_q, 0), length_k)
+        end = tl.minimum(first_q + BLOCK_M, length_q) + (length_k - length_q)
+    if seed is not None:
+        dropout_key = tl.load(seed)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first_k in range(0, end, BLOCK_N):
+        keys = first_k + tl.arange(0, BLOCK_N)
+        k = load_tile(key, begin_k, first_k, length_k, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        unit = scale * LOG2E
+        if bias is not None:
+            products = add_bias(
+                products,
+                unit,
+                bias,
+                first_q,
+                first_k,
+                tl.arange(0, BLOCK_M)[:, None],
+                tl.arange(0, BLOCK_N)[None, :],
+                length_q,
+                bias_columns,
+                bias_stride_q,
+                bias_stride_k,
+            )
+            unit = 1.0
+        probabilities = tl.exp2(products * unit - row_exponent[:, None])
+        if first_k + BLOCK_N > full:
+            inside = visible(queries[:, None], keys[None, :], length_q, length_k, CAUSAL)
+            probabilities = tl.where(inside, probabilities, 0.0)
+        grad_probabilities = tl.dot(grad_o, tl.trans(v), input_precision=PRECISION)  # [M, N]
+        if seed is not None:
+            keep = kept(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
+            grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
+        grad_scores = probabilities * (grad_probabilities - row_delta[:, None])
+        accumulator = tl.dot(grad_scores.to(k.dtype), k, accumulator, input_precision=PRECISION)
+    store_tile(grad_query, begin_q, first_q, length_q, grad_query_stride, accumulator * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def grad_key_value_kernel(
+    query,
+    key,
+    value,
+    output,  # None without WHOLE_ROWS
+    grad_output,
+    logsumexp,  # [heads, tokens_q], float32
+    exponent,  # [heads, padded_q], float32, of grad_query_kernel; None with WHOLE_ROWS
+    delta,  # the same
+    grad_query,  # None without WHOLE_ROWS
+    grad_key,
+    grad_value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    bias,
+    seed,
+    tokens_q,
+    tokens_k,
+    batch,
+    heads,
+    max_seqlen_q,
+    max_seqlen_k,
+    padded_q,
+    query_stride,
+    query_stride_head,
+    key_stride,
+    key_stride_head,
+    value_stride,
+    value_stride_head,
+    output_stride,
+    output_stride_head,
+    grad_output_stride,
+    grad_output_stride_head,
+    grad_query_stride,
+    grad_query_stride_head,
+    grad_key_stride,
+    grad_key_stride_head,
+    grad_value_stride,
+    grad_value_stride_head,
+    bias_columns,
+    bias_stride_row,
+    bias_stride_head,
+    bias_stride_q,
+    bias_stride_k,
+    scale,
+    site,
+    keep_limit,
+    dropout_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,  # BLOCK_N >= max_seqlen_k
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    slot = tl.program_id(0) // heads
+    head = tl.program_id(0) - slot * heads
+    head64 = head.to(tl.int64)
+    grad_key += head64 * grad_key_stride_head
+    grad_value += head64 * grad_value_stride_head
+    beyond = first_beyond(cu_seqlens_k, slot, tokens_k, batch, BLOCK_N)
+    if beyond < tokens_k:
+        store_zeros(grad_key, beyond, tokens_k, grad_key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+        store_zeros(grad_value, beyond, tokens_k, grad_value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+    if WHOLE_ROWS:
+        grad_query += head64 * grad_query_stride_head
+        output += head64 * output_stride_head
+        beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_N)
+        if beyond < tokens_q:
+            store_zeros(grad_query, beyond, tokens_q, grad_query_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+        row = slot
+        tile = 0
+    else:
+        row, tile = tile_of(cu_seqlens_k, slot, tokens_k, batch, max_seqlen_k, BLOCK_N)
+    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
+    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
+    first_k = tile * BLOCK_N
+    # The gradient of a query is zero where its row has no keys.
+    if first_k >= length_k and not (WHOLE_ROWS and length_q > 0):
+        return
+
+    query += head64 * query_stride_head
+    key += head64 * key_stride_head
+    value += head64 * value_stride_head
+    grad_output += head64 * grad_output_stride_head
+    if bias is not None:
+        bias += row.to(tl.int64) * bias_stride_row + head64 * bias_stride_head
+    k = load_tile(key, begin_k, first_k, length_k, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
+    v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+    keys = first_k + tl.arange(0, BLOCK_N)
+    if not WHOLE_ROWS:
+        padded_begin = head64 * padded_q + _padded_begin(cu_seqlens_q, row)
+        exponent += padded_begin
+        delta += padded_begin
+
+    # Some queries from `first` on see keys of the tile, those from `full` on see all of them.
+    first = 0
+    full = 0
+    if CAUSAL:
+        full = first_k + BLOCK_N - 1 - (length_k - length_q)
+        if not WHOLE_ROWS:
+            first = tl.maximum(first_k - (length_k - length_q), 0) // BLOCK_M * BLOCK_M
+    if seed is not None:
+        dropout_key = tl.load(seed)
+    key_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    value_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first_q in range(first, length_q, BLOCK_M):
+        queries = first_q + tl.arange(0, BLOCK_M)
+        q = load_tile(query, begin_q, first_q, length_q, query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)  # [M, D]
+        grad_o = load_tile(grad_output, begin_q, first_q, length_q, grad_output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+        if WHOLE_ROWS:
+            row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
+        else:
+            row_exponent = tl.load(exponent + queries)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+        unit = scale * LOG2E
+        if bias is not None:
+            products = add_bias(
+                products,
+                unit,
+                bias,
+                first_q,
+                first_k,
+                tl.arange(0, BLOCK_M)[None, :],
+                tl.arange(0, BLOCK_N)[:, None],
+                length_q,
+                bias_columns,
+                bias_stride_q,
+                bias_stride_k,
+            )
+            unit = 1.0
+        # Zero for queries beyond the row. Keys beyond it are not stored, but must not reach the queries' gradients.
+        probabilities = tl.exp2(products * unit - row_exponent[None, :])
+        if (CAUSAL and first_q < full) or (WHOLE_ROWS and length_k < BLOCK_N):
+            inside = visible(queries[None, :], keys[:, None], length_q, length_k, CAUSAL)
+            probabilities = tl.where(inside, probabilities, 0.0)
+        grad_probabilities = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)  # [N, M]
+        dropped = probabilities
+        if seed is not None:
+            keep = kept(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
+            keep = tl.trans(keep)
+            dropped = tl.where(keep, probabilities, 0.0)
+            grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
+        value_sum = tl.dot(dropped.to(grad_o.dtype), grad_o, value_sum, input_precision=PRECISION)
+        if WHOLE_ROWS:
+            o = load_tile(output, begin_q, first_q, length_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+            row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), axis=1)
+        else:
+            row_delta = tl.load(delta + queries)
+        grad_scores = (probabilities * (grad_probabilities - row_delta[None, :])).to(q.dtype)
+        key_sum = tl.dot(grad_scores, q, key_sum, input_precision=PRECISION)
+        if WHOLE_ROWS:
+            query_sum = tl.dot(tl.trans(grad_scores), k, input_precision=PRECISION) * scale  # [M, D]
+            store_tile(grad_query, begin_q, first_q, length_q, grad_query_stride, query_sum, BLOCK_M, HEAD_DIM, BLOCK_D)
+    if seed is not None:
+        value_sum *= dropout_scale
+    store_tile(grad_key, begin_k, first_k, length_k, grad_key_stride, key_sum * scale, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(grad_value, begin_k, first_k, length_k, grad_value_stride, value_sum, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+# ----------------------------------------------------------------------------------------------------------- the host
+
+
+def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
+
+
+def _tiles(half: dict[int, list[Config]], single: list[Config], interpreter: Config) -> Tiles:
+    return Tiles(interpreter, half, dict.fromkeys(half, single))
+
+
+_SMALL = Config({"BLOCK_M": 32, "BLOCK_N": 32})
+GRAD_QUERY_TILES = {64: _tiles({80: [_config(128, 64, 8, 2)], 90: [_config(128, 64, 8, 2)]}, [_config(64, 32, 4, 1)], _SMALL)}
+GRAD_KEY_VALUE_TILES = {64: _tiles({80: [_config(64, 64, 4, 2)], 90: [_config(64, 128, 8, 2)]}, [_config(64, 32, 4, 1)], _SMALL)}
+WHOLE_ROWS_TILES = {(64, 128): _tiles({80: [_config(64, 128, 8, 2)], 90: [_config(64, 128, 8, 2)]}, [_config(64, 32, 4, 1)], Config({"BLOCK_M": 32, "BLOCK_N": 128}))}
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: AttentionOptions,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; written to `grads` where they are given, of any strides but for the last
+    dimension's."""
+    (tokens_q, heads, head_dim), tokens_k = query.shape, key.shape[0]
+    batch = cu_seqlens_q.numel() - 1
+    if grads is None:
+        grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_query, grad_key, grad_value = grads
+    query, key, value, output, grad_output = map(rows, (query, key, value, output, grad_output))
+    rest = (
+        *bias_layout(options.bias),
+        options.scale,
+        options.site,
+        dropout.limit(options.dropout_p),
+        1.0 / (1.0 - options.dropout_p),
+    )
+    padded_q = (tokens_q // PADDING.value + batch) * PADDING.value
+    sizes = (tokens_q, tokens_k, batch, heads, max_seqlen_q, max_seqlen_k, padded_q)
+    offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    masks = (options.bias, options.seed if options.dropout_p > 0.0 else None)
+    constants = {
+        "dtype": query.dtype,
+        "key": (next_power_of_2(max_seqlen_q), next_power_of_2(max_seqlen_k)),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
+        "CAUSAL": options.causal,
+        "PRECISION": dot_precision(query.dtype),
+    }
+    strides = (
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        output.stride(0),
+        head_dim,
+        grad_output.stride(0),
+        head_dim,
+        *grad_query.stride()[:2],
+    )
+    width = max(64, next_power_of_2(head_dim))
+    whole = max_seqlen_k <= 128
+    exponent = delta = None
+    if not whole:
+        exponent, delta = query.new_empty(2, heads, padded_q, dtype=torch.float32)
+        launch(
+            grad_query_kernel,
+            lambda blocks: (heads * slots(tokens_q, batch, max_seqlen_q, blocks["BLOCK_M"]),),
+            query,
+            key,
+            value,
+            output,
+            grad_output,
+            logsumexp,
+            exponent,
+            delta,
+            grad_query,
+            *offsets,
+            *masks,
+            *sizes,
+            *strides,
+            *rest,
+            tiles=GRAD_QUERY_TILES[width],
+            **constants,
+        )
+    def grid(blocks):
+        if not whole:
+            return (heads * slots(tokens_k, batch, max_seqlen_k, blocks["BLOCK_N"]),)
+        return (heads * max(batch, triton.cdiv(max(tokens_q, tokens_k), blocks["BLOCK_N"])),)
+    launch(
+        grad_key_value_kernel,
+        grid,
+        query,
+        key,
+        value,
+        output if whole else None,
+        grad_output,
+        logsumexp,
+        exponent,
+        delta,
+        grad_query if whole else None,
+        grad_key,
+        grad_value,
+        *offsets,
+        *masks,
+        *sizes,
+        *strides,
+        *grad_key.stride()[:2],
+        *grad_value.stride()[:2],
+        *rest,
+        tiles=WHOLE_ROWS_TILES[width, 128] if whole else GRAD_KEY_VALUE_TILES[width],
+        WHOLE_ROWS=whole,
+        **constants,
+    )
+    return grad_query, grad_key, grad_value

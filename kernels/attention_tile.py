@@ -1,0 +1,146 @@
+"""What the kernels of attention share: which tile of which row a program has, and what is done to a tile of scores.
+
+A program serves one head and one tile of a row's tokens; the tiles of all rows are numbered one after the other, and
+that number is its slot. The host knows how many tokens and rows there are and how long rows may be, not how long they
+are, so there may be more slots than tiles: a program whose tile lies beyond its row returns.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from albert_fast.kernels.dropout import keep_mask
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def slots(tokens: int, batch: int, max_seqlen: int, block: int) -> int:
+    """Number of slots for tiles of `block` tokens: what `tile_of` counts on, and enough to zero every token."""
+    packed, padded = tokens // block + batch, batch * triton.cdiv(max_seqlen, block)
+    return max(min(packed, padded), triton.cdiv(tokens, block))
+
+
+def rows(x: Tensor) -> Tensor:
+    """Columns contiguous, any other strides."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def bias_layout(bias: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Columns and strides of [batch or 1, heads or 1, queries, keys]; 0 where it repeats."""
+    if bias is None:
+        return 0, 0, 0, 0, 0
+    row, head, query, key = bias.stride()
+    return bias.shape[3], row if bias.shape[0] > 1 else 0, head if bias.shape[1] > 1 else 0, query, key
+
+
+@triton.jit
+def tile_of(cu_seqlens, slot, tokens, batch, max_seqlen, BLOCK: tl.constexpr):
+    """Row of a slot and which of the row's tiles it is; the row may be `batch` or more: none."""
+    tiles_per_row = tl.cdiv(max_seqlen, BLOCK)
+    if batch * tiles_per_row <= tokens // BLOCK + batch:
+        # As many slots for each row: no padding to speak of.
+        row = slot // tl.maximum(tiles_per_row, 1)
+        tile = slot - row * tiles_per_row
+    else:
+        # Row r has the slots from cu_seqlens[r] // BLOCK + r: at least ceil(length / BLOCK) of them, whatever the
+        # lengths. The slot is of the last row that begins at or before it.
+        row = -1
+        for first in range(0, batch, 512):
+            candidates = first + tl.arange(0, 512)
+            begins = tl.load(cu_seqlens + candidates, mask=candidates < batch, other=0) // BLOCK + candidates
+            row += tl.sum(((begins <= slot) & (candidates < batch)).to(tl.int32))
+        row = tl.maximum(row, 0)
+        tile = slot - (tl.load(cu_seqlens + row) // BLOCK + row)
+    return row, tile
+
+
+@triton.jit
+def row_range(cu_seqlens, row, tokens, batch, max_seqlen):
+    """Where a row begins, int64, and its length; 0 for a row that is none.
+
+    Offsets that no row can have never lead out of the tensors, nor lengths beyond max_seqlen out of the bias.
+    """
+    inside = row < batch
+    begin = tl.load(cu_seqlens + row, mask=inside, other=0)
+    end = tl.load(cu_seqlens + row + 1, mask=inside, other=0)
+    begin = tl.minimum(tl.maximum(begin, 0), tokens)
+    length = tl.minimum(tl.minimum(end, tokens) - begin, max_seqlen)
+    return begin.to(tl.int64), tl.maximum(length, 0)
+
+
+@triton.jit
+def load_tile(pointer, begin, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens `first` to `first + ROWS` of a row that begins at token `begin` (int64) [ROWS, BLOCK_D], zero beyond it."""
+    tokens, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = tokens < length - first
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (columns < HEAD_DIM)
+    return tl.load(pointer + (begin + first) * stride + (tokens * stride + columns), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    begin,
+    first,
+    length,
+    stride,
+    tile,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The reverse of `load_tile`."""
+    tokens, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    pointers = pointer + (begin + first) * stride + (tokens * stride + columns)
+    inside = tokens < length - first
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (columns < HEAD_DIM)
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def first_beyond(cu_seqlens, slot, tokens, batch, BLOCK: tl.constexpr):
+    """The slot's share of the tokens that belong to no row: BLOCK from this one on, int64; `tokens` or more: none."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), tokens).to(tl.int64) + slot.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def store_zeros(pointer, begin, tokens, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros from token `begin` on, where there are any."""
+    zeros = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    store_tile(pointer, begin, 0, tokens - begin, stride, zeros, ROWS, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def add_bias(products, scale, bias, first_q, first_k, queries, keys, length_q, columns, stride_q, stride_k):
+    """products * scale + bias, in units of ln 2, since the softmax is taken with exp2.
+
+    Args:
+        scale: times log2(e).
+        bias: pointer to that of the row and head. Below -2.3e38 in float32 it counts as -inf.
+        queries, keys: positions in the tile, in the orientation of products: [M, 1] and [1, N], or [1, M] and [N, 1].
+        columns: of the bias, at least length_k. What stands beyond length_k is added, too: the caller masks it.
+    """
+    bias += tl.cast(first_q, tl.int64) * stride_q + tl.cast(first_k, tl.int64) * stride_k
+    inside = (queries < length_q - first_q) & (keys < columns - first_k)
+    tile = tl.load(bias + (queries * stride_q + keys * stride_k), mask=inside, other=0.0)
+    return products * scale + tile.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def visible(queries, keys, length_q, length_k, CAUSAL: tl.constexpr):
+    """Which keys exist and, with CAUSAL, may be seen: the last query sees the last key."""
+    inside = keys < length_k
+    if CAUSAL:
+        inside = inside & (keys <= queries + (length_k - length_q))
+    return inside
+
+
+@triton.jit
+def kept(seed, site, outer, first_q, first_k, keep_limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which probabilities [BLOCK_M, BLOCK_N] the dropout keeps; first_k is a multiple of 4."""
+    queries = first_q + tl.arange(0, BLOCK_M)
+    groups = first_k // 4 + tl.arange(0, BLOCK_N // 4)
+    return keep_mask(seed, site, outer, queries[:, None], groups[None, :], keep_limit)

@@ -1,0 +1,463 @@
+"""The shared-layer loop on a GPU: cuBLAS's products, and between them the kernels of this package.
+
+`albert_fast.ops.encoder` has the mathematics. What forward keeps for backward is 20 bytes x hidden for each token and
+pass in half precision (qkv 6, context 2, both sums 4, inner 8 at four times the hidden size), and the statistics of the
+rows: a pass's input is rebuilt from the sum before it.
+
+The layer is the same in every pass, so its weight gradient is one product over the tokens of all passes. Backward
+gathers what it multiplies over as many passes as make the product deep enough to fill the GPU, at most
+`GATHERED_TOKENS` tokens, and adds the products in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from albert_fast.kernels.attention_backward import attention_backward
+from albert_fast.kernels.attention_forward import attention
+from albert_fast.kernels.bias_gelu import gelu, gelu_backward
+from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
+from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
+
+# A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
+# tokens most of them would have nothing to do. From this depth on cuBLAS splits it well enough by itself.
+GATHERED_TOKENS = 16384
+
+
+class _Layer(NamedTuple):
+    """A layer's tensors: matrices in the dtype of the products, query, key and value as one; vectors as they are."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    dense_weight: Tensor
+    dense_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    ffn_weight: Tensor
+    ffn_bias: Tensor
+    ffn_output_weight: Tensor
+    ffn_output_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[_Layer]:
+    """Cast once for all passes. Not cached: a captured graph has to follow the parameters."""
+    layers = []
+    for first in range(0, len(parameters), TENSORS_PER_LAYER):
+        q, q_bias, k, k_bias, v, v_bias, dense, *rest = parameters[first : first + TENSORS_PER_LAYER]
+        dense_bias, attention_norm, attention_norm_bias, ffn, ffn_bias, ffn_output, ffn_output_bias, *norm = rest
+        layers.append(
+            _Layer(
+                torch.cat([q, k, v]).to(dtype),
+                torch.cat([q_bias, k_bias, v_bias]).to(dtype),
+                dense.to(dtype),
+                dense_bias,
+                attention_norm,
+                attention_norm_bias,
+                ffn.to(dtype),
+                ffn_bias,
+                ffn_output.to(dtype),
+                ffn_output_bias,
+                *norm,
+            )
+        )
+    return layers
+
+
+class _Kept(NamedTuple):
+    """Of one pass, or [passes, …] of all; what is not kept is None."""
+
+    qkv: Tensor  # [tokens, 3 hidden]
+    context: Tensor  # [tokens, hidden]
+    logsumexp: Tensor  # [heads, tokens]
+    summed: Tensor  # [tokens, hidden], input of the first LayerNorm
+    output_summed: Tensor  # [tokens, hidden], input of the second
+    statistics: Tensor  # [2, 2, tokens]: of the first and of the second, mean and 1 / standard deviation
+    inner: Tensor | None  # [tokens, intermediate], the product before bias and activation
+
+    def of_pass(self, index: int) -> _Kept:
+        return _Kept._make(None if tensor is None else tensor[index] for tensor in self)
+
+
+def _pass_shapes(hidden: Tensor, intermediate: int, num_heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    tokens, width = hidden.shape
+    return {
+        "qkv": ((tokens, 3 * width), hidden.dtype),
+        "context": ((tokens, width), hidden.dtype),
+        "logsumexp": ((num_heads, tokens), torch.float32),
+        "summed": ((tokens, width), hidden.dtype),
+        "output_summed": ((tokens, width), hidden.dtype),
+        "statistics": ((2, 2, tokens), torch.float32),
+        "inner": ((tokens, intermediate), hidden.dtype),
+    }
+
+
+def kept_shapes(
+    hidden: Tensor, parameters: list[Tensor], options: EncoderOptions
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of what the operator keeps: the encoder's input, then `_Kept` of all passes; with recompute="ffn" without
+    `inner`, with "layer" the input of each pass alone."""
+    passes = len(options.layer_of_pass())
+    if options.recompute == "layer":
+        return [((passes, *hidden.shape), hidden.dtype)]
+    shapes = _pass_shapes(hidden, parameters[10].shape[0], options.num_heads)
+    if options.recompute == "ffn":
+        del shapes["inner"]
+    return [(tuple(hidden.shape), hidden.dtype), *(((passes, *shape), dtype) for shape, dtype in shapes.values())]
+
+
+class _Loop:
+    """One call's constants and the memory that all its passes share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        parameters: list[Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        options: EncoderOptions,
+    ) -> None:
+        self.options = options
+        self.layers = _layers(parameters, hidden.dtype)
+        self.layer_of_pass = options.layer_of_pass()
+        self.tokens, self.width = hidden.shape
+        self.intermediate = parameters[10].shape[0]
+        self.form = FUSED_ACTIVATIONS[options.activation]
+        self.rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        self.dropout = {
+            "dropout_p": options.hidden_dropout_p,
+            "seed": options.seed,
+            "cu_seqlens": cu_seqlens,
+        }
+        self.like = hidden
+
+    def empty(self, columns: int, *leading: int) -> Tensor:
+        return self.like.new_empty(*leading, self.tokens, columns)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, 3 hidden] -> query, key and value [tokens, heads, head_dim], views."""
+        query, key, value = qkv.view(self.tokens, 3, self.options.num_heads, -1).unbind(1)
+        return query, key, value
+
+    def attention_options(self, index: int):  # type: ignore[no-untyped-def]
+        return self.options.attention(index, self.width // self.options.num_heads)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward_memory(self) -> _Kept:
+        """For passes of which nothing is kept."""
+        shapes = _pass_shapes(self.like, self.intermediate, self.options.num_heads)
+        return _Kept(*(self.like.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()))
+
+    def forward_pass(self, index: int, x: Tensor, kept: _Kept, y: Tensor, h: Tensor, wide: Tensor | None) -> None:
+        """y = layer(x). `wide` [tokens, intermediate] receives the activations; None where `kept.inner` may."""
+        layer = self.layers[self.layer_of_pass[index]]
+        torch.addmm(layer.qkv_bias, x, layer.qkv_weight.t(), out=kept.qkv)
+        attention(
+            *self.split(kept.qkv),
+            *self.rows,
+            self.attention_options(index),
+            out=kept.context,
+            logsumexp=kept.logsumexp,
+        )
+        torch.mm(kept.context, layer.dense_weight.t(), out=y)
+        layer_norm_forward(
+            y,
+            layer.dense_bias,
+            x,
+            layer.attention_norm_weight,
+            layer.attention_norm_bias,
+            eps=self.options.eps,
+            site=2 + 2 * index,
+            **self.dropout,
+            out=h,
+            summed=kept.summed,
+            statistics=kept.statistics[0],
+        )
+        activated = self.activate(h, layer, kept, wide)
+        torch.mm(activated, layer.ffn_output_weight.t(), out=y)
+        layer_norm_forward(
+            y,
+            layer.ffn_output_bias,
+            h,
+            layer.norm_weight,
+            layer.norm_bias,
+            eps=self.options.eps,
+            dropout_p=0.0,
+            seed=None,
+            site=0,
+            cu_seqlens=None,
+            out=y,
+            summed=kept.output_summed,
+            statistics=kept.statistics[1],
+        )
+
+    def activate(self, h: Tensor, layer: _Layer, kept: _Kept, wide: Tensor | None) -> Tensor:
+        """act(h ffnᵀ + bias), in one product where nothing is kept and cuBLAS has the activation.
+
+        Its GELU is the tanh form; PyTorch's function of that name computes the erf form on a CPU.
+        """
+        assert kept.inner is not None
+        if wide is None and h.is_cuda and self.form in ("tanh", "relu"):
+            bias = layer.ffn_bias.to(h.dtype)
+            use_gelu = self.form == "tanh"
+            return torch._addmm_activation(bias, h, layer.ffn_weight.t(), use_gelu=use_gelu, out=kept.inner)
+        torch.mm(h, layer.ffn_weight.t(), out=kept.inner)
+        return gelu(kept.inner, layer.ffn_bias, self.form, out=kept.inner if wide is None else wide)
+
+    # ------------------------------------------------------------------------------------------------------ backward
+
+    def input_of(self, index: int, first: Tensor, kept: _Kept, out: Tensor) -> None:
+        """The input of a pass: the encoder's, or the second LayerNorm of the pass before, once more."""
+        if index == 0:
+            out.copy_(first)
+            return
+        before, layer = kept.of_pass(index - 1), self.layers[self.layer_of_pass[index - 1]]
+        layer_norm_apply(before.output_summed, layer.norm_weight, layer.norm_bias, before.statistics[1], out=out)
+
+    def backward_pass(
+        self, index: int, grad: Tensor, kept: _Kept, gathered: _Gathered, sums: _LayerGradients
+    ) -> Tensor:
+        """Gradient of the pass's input; those of vectors are added to `sums`, what those of matrices need goes to
+        `gathered`."""
+        layer = self.layers[self.layer_of_pass[index]]
+        grad_output, *_ = layer_norm_backward(
+            grad,
+            kept.output_summed,
+            layer.norm_weight,
+            kept.statistics[1],
+            dropout_p=0.0,
+            seed=None,
+            site=0,
+            cu_seqlens=None,
+            grad_residual=gathered.grad_output,
+            sums=sums.norm,
+        )
+        inner = kept.inner
+        if inner is None:
+            h = layer_norm_apply(
+                kept.summed, layer.attention_norm_weight, layer.attention_norm_bias, kept.statistics[0]
+            )
+            inner = h @ layer.ffn_weight.t()
+        torch.mm(grad_output, layer.ffn_output_weight, out=gathered.grad_inner)
+        gelu_backward(
+            gathered.grad_inner,
+            inner,
+            layer.ffn_bias,
+            self.form,
+            grad_x=gathered.grad_inner,
+            activated=gathered.activated,
+            sums=sums.ffn_bias,
+        )
+        grad_h = torch.addmm(grad_output, gathered.grad_inner, layer.ffn_weight)
+        dropped = self.options.hidden_dropout_p > 0.0
+        grad_sum, *_ = layer_norm_backward(
+            grad_h,
+            kept.summed,
+            layer.attention_norm_weight,
+            kept.statistics[0],
+            ln_bias=layer.attention_norm_bias,
+            site=2 + 2 * index,
+            **self.dropout,
+            grad_residual=grad_h if dropped else gathered.grad_projected,
+            grad_x=gathered.grad_projected if dropped else None,
+            normed=gathered.h,
+            sums=sums.attention_norm,
+        )
+        attention_backward(
+            gathered.grad_projected @ layer.dense_weight,
+            *self.split(kept.qkv),
+            kept.context,
+            kept.logsumexp,
+            *self.rows,
+            self.attention_options(index),
+            grads=self.split(gathered.grad_qkv),
+        )
+        return torch.addmm(grad_sum, gathered.grad_qkv, layer.qkv_weight)
+
+
+class _Gathered(NamedTuple):
+    """The factors of the weight gradients, of one pass or [passes, …] of a run of them."""
+
+    grad_output: Tensor  # [tokens, hidden], of the second sum
+    activated: Tensor  # [tokens, intermediate]
+    grad_inner: Tensor  # [tokens, intermediate]
+    h: Tensor  # [tokens, hidden]
+    grad_projected: Tensor  # [tokens, hidden], of the product `dense`
+    grad_qkv: Tensor  # [tokens, 3 hidden]
+    x: Tensor  # [tokens, hidden], the pass's input
+
+    def of_pass(self, index: int) -> _Gathered:
+        return _Gathered._make(tensor[index] for tensor in self)
+
+    @classmethod
+    def empty(cls, loop: _Loop, passes: int) -> _Gathered:
+        width, wide = loop.width, loop.intermediate
+        return cls(*(loop.empty(size, passes) for size in (width, wide, wide, width, width, 3 * width, width)))
+
+
+class _LayerGradients:
+    """The sums over the passes of one layer, in float32."""
+
+    def __init__(self, loop: _Loop) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return loop.like.new_zeros(shape, dtype=torch.float32)
+
+        width = loop.width
+        # Of weight and bias of a LayerNorm, and of the bias before it.
+        self.norm, self.attention_norm = zeros(3, width), zeros(3, width)
+        self.ffn_bias, self.qkv_bias = zeros(loop.intermediate), zeros(3 * width)
+        self.matrices: dict[str, Tensor] = {}
+
+    def add(self, gathered: _Gathered, context: Tensor) -> None:
+        """Of a run of passes [passes, tokens, …]."""
+        products = {
+            "qkv": (gathered.grad_qkv, gathered.x),
+            "dense": (gathered.grad_projected, context),
+            "ffn": (gathered.grad_inner, gathered.h),
+            "ffn_output": (gathered.grad_output, gathered.activated),
+        }
+        for name, (grad, x) in products.items():
+            self.matrices[name] = _add_product(self.matrices.get(name), grad.flatten(0, 1), x.flatten(0, 1))
+        self.qkv_bias += gathered.grad_qkv.sum(dim=(0, 1), dtype=torch.float32)
+
+    def by_parameter(self) -> list[Tensor]:
+        """In the order of a layer's parameters; some are views of one tensor."""
+        norm_weight, norm_bias, ffn_output_bias = self.norm.unbind()
+        attention_norm_weight, attention_norm_bias, dense_bias = self.attention_norm.unbind()
+        apart = zip(self.matrices["qkv"].chunk(3), self.qkv_bias.chunk(3), strict=True)
+        others = [self.matrices["dense"], dense_bias, attention_norm_weight, attention_norm_bias, self.matrices["ffn"]]
+        others += [self.ffn_bias, self.matrices["ffn_output"], ffn_output_bias, norm_weight, norm_bias]
+        return [part for pair in apart for part in pair] + others
+
+
+def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
+    """total + gradᵀ x in float32, in place; `total` None is zero."""
+    beta = 0.0 if total is None else 1.0
+    if total is None:
+        total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+    if grad.dtype == torch.float32:
+        return torch.addmm(total, grad.t(), x, beta=beta, out=total)
+    if not grad.is_cuda:  # PyTorch has products with wider results on GPUs only
+        return torch.addmm(total, grad.t().float(), x.float(), beta=beta, out=total)
+    return torch.addmm(total, grad.t(), x, out_dtype=torch.float32, beta=beta, out=total)
+
+
+# ------------------------------------------------------------------------------------------------- the implementations
+
+
+def encoder_inference(
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> Tensor:
+    """All passes, nothing kept."""
+    hidden = hidden.contiguous()
+    loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
+    memory, h = loop.forward_memory(), loop.empty(loop.width)
+    states = _states(hidden, options)
+    for index in range(len(loop.layer_of_pass)):
+        loop.forward_pass(index, states[index], memory, states[index + 1], h, None)
+    return _result(states, options)
+
+
+def encoder(
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+) -> tuple[Tensor, list[Tensor]]:
+    """All passes, and what `encoder_backward` needs of them."""
+    hidden = hidden.contiguous()
+    loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
+    kept = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in kept_shapes(hidden, parameters, options)]
+    h = loop.empty(loop.width)
+    states = _states(hidden, options)
+    passes = len(loop.layer_of_pass)
+    if options.recompute == "layer":
+        memory = loop.forward_memory()
+        for index in range(passes):
+            kept[0][index].copy_(states[index])
+            loop.forward_pass(index, states[index], memory, states[index + 1], h, None)
+    else:
+        kept[0].copy_(hidden)
+        of_all = _Kept(*kept[1:], *([None] if options.recompute == "ffn" else []))
+        wide = loop.empty(loop.intermediate)
+        for index in range(passes):
+            of_pass = of_all.of_pass(index)
+            if of_pass.inner is None:
+                of_pass, into = of_pass._replace(inner=wide), None
+            else:
+                into = wide
+            loop.forward_pass(index, states[index], of_pass, states[index + 1], h, into)
+    return _result(states, options), kept
+
+
+def _states(hidden: Tensor, options: EncoderOptions) -> list[Tensor]:
+    """The input of the first pass and the output of each: all apart, or two that take turns."""
+    passes = len(options.layer_of_pass())
+    if options.return_all:
+        states = hidden.new_empty(passes + 1, *hidden.shape)
+        states[0].copy_(hidden)
+        return [*states]
+    pair = [torch.empty_like(hidden) for _ in range(min(passes, 2))]
+    return [hidden, *(pair[index % 2] for index in range(passes))]
+
+
+def _result(states: list[Tensor], options: EncoderOptions) -> Tensor:
+    if not options.return_all:
+        return states[-1]
+    whole = states[0]._base
+    assert whole is not None
+    return whole
+
+
+def encoder_backward(
+    grad_output: Tensor,
+    kept: list[Tensor],
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: EncoderOptions,
+) -> list[Tensor]:
+    """Gradients of hidden and of each parameter."""
+    grad = grad_output[-1] if options.return_all else grad_output
+    loop = _Loop(grad, parameters, cu_seqlens, max_seqlen, options)
+    gradients = [_LayerGradients(loop) for _ in loop.layers]
+    runs = list(_runs(loop.layer_of_pass, max(1, GATHERED_TOKENS // max(1, loop.tokens))))
+    gathered = _Gathered.empty(loop, max(last - first for first, last in runs))
+    if options.recompute == "layer":
+        again, context = loop.forward_memory(), loop.empty(loop.width, gathered.x.shape[0])
+        y, h = loop.empty(loop.width), loop.empty(loop.width)
+        wide = loop.empty(loop.intermediate)
+    else:
+        of_all = _Kept(*kept[1:], *([None] if options.recompute == "ffn" else []))
+    for first, last in reversed(runs):
+        layer_gradients = gradients[loop.layer_of_pass[first]]
+        for index in reversed(range(first, last)):
+            slot = gathered.of_pass(index - first)
+            if options.recompute == "layer":
+                of_pass = again._replace(context=context[index - first])
+                slot.x.copy_(kept[0][index])
+                loop.forward_pass(index, slot.x, of_pass, y, h, wide)
+            else:
+                of_pass = of_all.of_pass(index)
+                loop.input_of(index, kept[0], of_all, slot.x)
+            grad = loop.backward_pass(index, grad, of_pass, slot, layer_gradients)
+            if options.return_all:
+                grad = grad + grad_output[index]
+        contexts = context[: last - first] if options.recompute == "layer" else of_all.context[first:last]
+        layer_gradients.add(_Gathered._make(part[: last - first] for part in gathered), contexts)
+    flat = [tensor for layer in gradients for tensor in layer.by_parameter()]
+    # Views of the sums: an operator's results must not share memory.
+    return [grad, *(tensor.to(p.dtype, copy=tensor._is_view()) for tensor, p in zip(flat, parameters, strict=True))]
+
+
+def _runs(layer_of_pass: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring passes of one layer, at most so many: from the first to beyond the last."""
+    first = 0
+    for index in range(1, len(layer_of_pass) + 1):
+        end = index == len(layer_of_pass)
+        if end or layer_of_pass[index] != layer_of_pass[first] or index - first == most:
+            yield first, index
+            first = index

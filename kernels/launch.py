@@ -1,0 +1,177 @@
+"""Starts kernels: which tiles on which architecture, and on which device.
+
+Every kernel is started by `launch`, with a table of `Tiles` that stands beside it. Three things can happen: Triton's
+interpreter runs it, a GPU does, or, under `recording`, nothing runs and what would have been compiled is noted, for
+`albert_fast.kernels.aot`. On a GPU `albert_fast.kernels.tuning` chooses among the configurations of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
+
+from albert_fast.kernels import tuning
+
+ARCHITECTURES = (80, 90, 100)
+
+Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut.
+
+    Attributes:
+        blocks: its tile sizes, constexpr arguments by name.
+        num_warps, num_stages: warps of a program, and stages of its loops' pipeline.
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
+        return f"{blocks} warps={self.num_warps} stages={self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The configurations of one kernel; of each list the first is the one used without tuning.
+
+    Attributes:
+        interpreter: small tiles, so that short inputs have several.
+        half, single: for elements of 2 bytes and of 4, by compute capability: 80, 90, 100. An architecture between
+            two uses the lower one's; those of 80 must fit into 99 KB of shared memory, which is what 8.6 and 8.9 have.
+    """
+
+    interpreter: Config
+    half: Mapping[int, Sequence[Config]]
+    single: Mapping[int, Sequence[Config]]
+
+    def of(self, architecture: int, dtype: torch.dtype) -> Sequence[Config]:
+        table = self.half if dtype.itemsize == 2 else self.single
+        return table[max(known for known in table if known <= architecture)]
+
+
+@dataclass
+class Launch:
+    """One that was recorded: what to compile."""
+
+    kernel: Any
+    arguments: dict[str, Any]  # by name; tensors, numbers, None
+    constants: dict[str, Any]  # constexpr arguments but the blocks
+    tiles: Tiles
+    dtype: torch.dtype
+    grid: Grid
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Nothing runs inside; the launches are noted. Tensors may be on the device `meta`."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` is to make of float32: full precision, or tf32 where PyTorch's own products may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    *arguments: Any,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    key: tuple[Any, ...] = (),
+    **constants: Any,
+) -> None:
+    """Runs `kernel`.
+
+    Where it is being tuned it runs more than once. What the arguments held is then put back before it runs for good: a
+    kernel may add to its outputs or work in place.
+
+    Args:
+        grid: tile sizes -> number of programs on each axis.
+        arguments: those of the kernel that are not constexpr, in order; the first is a tensor. None is one of the
+            kernel's constexpr values to Triton: pass it for a pointer that this call does not have.
+        tiles, dtype: choose the configuration; dtype is that of the products or of what is read most.
+        key: sizes that the best tiles depend on, numbers or strings. Each new key is timed anew: a size that changes
+            with every batch is passed rounded up (`next_power_of_2`). The constexpr arguments, and which pointers are
+            None, count without being named here.
+        constants: the constexpr arguments but the tile sizes.
+    """
+    if _recorded is not None:
+        names = [name for name in kernel.arg_names if name not in constants and name not in tiles.interpreter.blocks]
+        _recorded.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, tiles, dtype, grid))
+        return
+
+    def run(config: Config) -> None:
+        kernel[grid(config.blocks)](
+            *arguments,
+            **constants,
+            **config.blocks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+
+    if isinstance(kernel, InterpretedFunction):
+        if all(grid(tiles.interpreter.blocks)):
+            run(tiles.interpreter)
+        return
+    device = arguments[0].device
+    with _current(device):
+        configs = tiles.of(architecture(device), dtype)
+        first = configs[0]
+        if not all(grid(first.blocks)):
+            return
+        if len(configs) == 1 or not tuning.enabled():
+            run(first)
+            return
+        what = (kernel.fn, dtype, key, tuple(constants.items()), tuple([argument is None for argument in arguments]))
+        config = tuning.choices(device).best(what, configs, run, arguments)
+        try:
+            run(config)
+        except OutOfResources:  # chosen for another call that counts as the same, or on a GPU of the same name
+            if config is first:
+                raise
+            run(first)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext()
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability, 80 for 8.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs at least keep the device busy: few for the interpreter, an H100's where nothing runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
