@@ -1,6 +1,7 @@
 """albert_fast: ALBERT, one layer prepared once and used L times."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from albert_fast.config import AlbertConfig
 from albert_fast.graphs import graphed
@@ -21,6 +22,11 @@ try:
     __version__ = version("albert_fast")
 except PackageNotFoundError:  # run from a checkout that was not installed
     __version__ = "0+unknown"
+
+# In a checkout that was not installed kernels/ stands beside the package: albert_fast.kernels is then found there.
+_checkout = Path(__file__).resolve().parents[1]
+if (_checkout / "kernels" / "launch.py").is_file():
+    __path__.append(str(_checkout))
 
 __all__ = [
     "AlbertConfig",

@@ -245,9 +245,9 @@ def measure(work: Work, case: Case) -> None:
         for row in case.standing():
             with case.attempt(row):
                 functions[row.peer] = call(ways[row.peer])
-        found = case.interleave("device", functions)
-        ours = found[OURS].median if OURS in found else None
-        for peer, one in found.items():
+        timed = case.interleave("device", functions)
+        ours = timed[OURS].median if OURS in timed else None
+        for peer, one in timed.items():
             case.rows[peer].figures |= {
                 f"{direction}_microseconds": one.median * 1e6,
                 f"{direction}_all_microseconds": [round(second * 1e6, 2) for second in one.seconds],

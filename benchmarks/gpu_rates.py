@@ -134,8 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
         peers = [f"{name} {way}" for name in rates.weights() for way in ways]
         title = f"gradients of W over {rates.passes} passes of {tokens} tokens"
         stage.run(title, {"tokens": tokens}, peers, lambda c, n=tokens: rates.weight_gradients(c, n))
-    peers = ("started one by one", "waiting in the queue", "node of a graph", "graph of one, and waiting for it")
-    stage.run("launches", {"launches": LAUNCHES}, peers, rates.launches)
+    starts = ("started one by one", "waiting in the queue", "node of a graph", "graph of one, and waiting for it")
+    stage.run("launches", {"launches": LAUNCHES}, starts, rates.launches)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Steps(Timed):
 
 
 def timed(how: str, function: Function, device: torch.device, most_calls: int = MOST_CALLS) -> Timed:
-    """`how`: "device", "steps" or "latency". "device": the kernels of `most_calls` have to fit into the launch queue."""
+    """`how`: "device", "steps" or "latency". For "device" the launch queue has to hold the kernels of `most_calls`."""
     on_gpu: dict[str, type[Timed]] = {"device": Queued, "steps": Steps, "latency": Wall}
     return (on_gpu[how] if device.type == "cuda" else Wall)(function, device, most_calls)
 

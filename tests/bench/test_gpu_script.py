@@ -4,11 +4,11 @@ import importlib
 import json
 import math
 import os
+import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -571,17 +571,14 @@ def test_clocks_are_read_where_there_is_nvidia_smi(gpu, tmp_path, monkeypatch):
     assert clocks.seen() == {}
 
 
-def test_kernels_are_found_without_an_installation(gpu, monkeypatch):
-    with gpu.checkout() as (environment, folder):
-        source = (folder / "sitecustomize.py").read_text()
-        assert environment["PYTHONPATH"].startswith(f"{folder}{os.pathsep}{gpu.ROOT}")
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    names = SimpleNamespace()
-    exec(source, names.__dict__)
-    spec = sys.meta_path[-1].find_spec("albert_fast.kernels")
-    assert spec.origin == str(gpu.ROOT / "kernels" / "__init__.py")
-    assert list(spec.submodule_search_locations) == [str(gpu.ROOT / "kernels")]
-    assert sys.meta_path[-1].find_spec("albert_fast.ops") is None
+def test_kernels_are_found_without_an_installation(gpu, tmp_path):
+    """Nothing of an installation's: Python without site-packages' own hooks, from another folder."""
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    code = f"import sys; sys.path += {packages!r}; import albert_fast.kernels.launch as module; print(module.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    command = [sys.executable, "-S", "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()) == gpu.ROOT / "kernels" / "launch.py"
 
 
 def test_a_stage_that_does_not_exist_is_refused(gpu, tmp_path, capsys):
