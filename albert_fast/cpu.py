@@ -16,7 +16,6 @@ from torch import Tensor
 from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
-from albert_fast.ops.masked_lm_loss import no_token_grads
 from albert_fast.prepared import CODES, packed_weights, quantized_weights
 
 # csrc/cpu/gemm.h
@@ -140,9 +139,6 @@ def _encoder_inference(
 ) -> Tensor:
     kept_memory.release()
     return _encoder(hidden, parameters, cu_seqlens, options, [])
-
-
-_implements("encoder_kept_shapes")(kept_shapes)
 
 
 @_implements("encoder")
@@ -445,9 +441,6 @@ def _embed_layer_norm_backward(
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
-
-
-_implements("masked_lm_loss_token_grads_shape")(no_token_grads)
 
 
 @_implements("masked_lm_loss")

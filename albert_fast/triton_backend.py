@@ -19,6 +19,7 @@ from albert_fast import backends
 
 _LEAST_CAPABILITY = (8, 0)
 _MOST_HEAD_DIM = 128
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,16 +29,11 @@ def interpreted() -> bool:
 
 
 def unavailable() -> str | None:
-    if not _installed():
+    if not _INSTALLED:
         return "Triton is not installed: pip install triton (Linux)"
     if not interpreted() and not torch.cuda.is_available():
         return "PyTorch finds no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
     return None
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def declines(call: backends.Call) -> str | None:
@@ -57,11 +53,18 @@ def declines(call: backends.Call) -> str | None:
 
         if call.activation not in FUSED_ACTIVATIONS:
             return f"activations {', '.join(FUSED_ACTIVATIONS)}, not {call.activation}"
-    return None if interpreted() else _too_old(call.device)
+    if interpreted():
+        return None
+    # Not functools.cache, which torch.compile looks through, with a warning.
+    if call.device not in _reasons_of_devices:
+        _reasons_of_devices[call.device] = _declines_device(call.device)
+    return _reasons_of_devices[call.device]
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
+_reasons_of_devices: dict[torch.device, str | None] = {}
+
+
+def _declines_device(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are tried on NVIDIA GPUs only"
     capability = torch.cuda.get_device_capability(device)

@@ -1,6 +1,7 @@
 """Compiles every kernel for every architecture, without a GPU, and checks what comes of it.
 
-Usage: python -m albert_fast.kernels.aot [--all] [--only KERNEL] [--architectures 80,90,100] [--jobs N] [--json FILE]
+Usage: python -m albert_fast.kernels.aot [--all [--variants 80,90,100]] [--only KERNEL] [--architectures 80,90,100]
+                                         [--jobs N] [--json FILE]
        python -m albert_fast.kernels.aot --update
 
 `calls` and, with --all, `variants` run the host functions of this folder under `launch.recording`, on tensors without
@@ -494,25 +495,24 @@ def main(
     table: Path = TABLE,
 ) -> int:
     parser = argparse.ArgumentParser(prog="python -m albert_fast.kernels.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--all", action="store_true", help="all configurations, not the default ones alone")
+    parser.add_argument("--all", action="store_true", help="all configurations, and `variants`")
     parser.add_argument("--only", metavar="KERNEL", default="", help="kernels whose name has this in it")
-    parser.add_argument("--architectures", metavar="80,90,100", default=",".join(map(str, ARCHITECTURES)))
+    parser.add_argument("--architectures", type=_architectures, metavar="80,90,100", default=ARCHITECTURES)
+    parser.add_argument("--variants", type=_architectures, metavar="80,90,100", help="with --all: for these alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows there, too")
     parser.add_argument("--update", action="store_true", help="writes the committed table; implies --all")
     options = parser.parse_args(arguments)
-    architectures = [int(name) for name in options.architectures.split(",")]
-    if not set(architectures) <= set(ARCHITECTURES):
-        parser.error(f"--architectures: of {', '.join(map(str, ARCHITECTURES))}, not {options.architectures}")
-    if options.update and (options.only or set(architectures) != set(ARCHITECTURES)):
-        parser.error("--update writes the whole table: without --only and --architectures")
+    architectures, variants_on = options.architectures, options.variants or options.architectures
+    if options.update and (options.only or {*architectures} & {*variants_on} != {*ARCHITECTURES}):
+        parser.error("--update writes the whole table: without --only, --architectures and --variants")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled")
 
     start = time.perf_counter()
     todo = jobs(record(calls), architectures, options.all or options.update)
     if options.all or options.update:
-        todo = unique([*todo, *jobs(record(variants, (*DTYPES, torch.float16)), architectures, False)])
+        todo = unique([*todo, *jobs(record(variants, (*DTYPES, torch.float16)), variants_on, False)])
     todo = [job for job in todo if options.only in job.launch.kernel.__name__]
     names = names_of_variants(todo)
     rows = [
@@ -543,6 +543,13 @@ def main(
         for row, problem in found:
             print(f"  {row.name}\n    {problem}")
     return 1 if found else 0
+
+
+def _architectures(text: str) -> tuple[int, ...]:
+    found = tuple(int(name) for name in text.split(","))
+    if not set(found) <= set(ARCHITECTURES):
+        raise argparse.ArgumentTypeError(f"of {', '.join(map(str, ARCHITECTURES))}, not {text}")
+    return found
 
 
 def check(row: Row, committed: Mapping[str, Measured]) -> list[str]:

@@ -31,10 +31,12 @@ from albert_fast.kernels.attention_tile import (
     slots,
     store_tile,
     store_zeros,
+    table_key,
     tile_of,
+    tiles,
     visible,
 )
-from albert_fast.kernels.launch import Config, Tiles, dot_precision, launch, next_power_of_2
+from albert_fast.kernels.launch import dot_precision, launch, next_power_of_2
 from albert_fast.ops.attention import AttentionOptions
 
 _NOT_SPECIALIZED = ["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
@@ -354,18 +356,111 @@ def grad_key_value_kernel(
 # ----------------------------------------------------------------------------------------------------------- the host
 
 
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
-
-
-def _tiles(half: dict[int, list[Config]], single: list[Config], interpreter: Config) -> Tiles:
-    return Tiles(interpreter, half, dict.fromkeys(half, single))
-
-
-_SMALL = Config({"BLOCK_M": 32, "BLOCK_N": 32})
-GRAD_QUERY_TILES = {64: _tiles({80: [_config(128, 64, 8, 2)], 90: [_config(128, 64, 8, 2)]}, [_config(64, 32, 4, 1)], _SMALL)}
-GRAD_KEY_VALUE_TILES = {64: _tiles({80: [_config(64, 64, 4, 2)], 90: [_config(64, 128, 8, 2)]}, [_config(64, 32, 4, 1)], _SMALL)}
-WHOLE_ROWS_TILES = {(64, 128): _tiles({80: [_config(64, 128, 8, 2)], 90: [_config(64, 128, 8, 2)]}, [_config(64, 32, 4, 1)], Config({"BLOCK_M": 32, "BLOCK_N": 128}))}
+GRAD_QUERY_TILES = {
+    (64, False): tiles(
+        (64, 64),
+        sm_80=[(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
+        sm_90=[(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        sm_100=[(128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2)],
+        single=[(32, 32, 4, 2), (16, 16, 4, 1)],
+    ),
+    (64, True): tiles(
+        (64, 64),
+        sm_80=[(64, 32, 4, 2), (128, 32, 8, 2)],
+        sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
+        sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
+        single=[(32, 32, 4, 2), (16, 16, 4, 1)],
+    ),
+    (128, False): tiles(
+        (64, 64),
+        sm_80=[(64, 32, 4, 2), (64, 64, 4, 2)],
+        sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
+        single=[(32, 32, 4, 2)],
+    ),
+    (128, True): tiles(
+        (64, 64),
+        sm_80=[(64, 32, 4, 2), (64, 32, 8, 2)],
+        sm_90=[(128, 32, 8, 2), (64, 32, 4, 2)],
+        sm_100=[(128, 32, 8, 2), (64, 32, 4, 2)],
+        single=[(32, 32, 4, 2)],
+    ),
+}
+GRAD_KEY_VALUE_TILES = {
+    (64, False): tiles(
+        (64, 64),
+        sm_80=[(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 1)],
+        sm_90=[(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)],
+        sm_100=[(64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)],
+        single=[(16, 32, 4, 1), (16, 16, 4, 1)],
+    ),
+    (64, True): tiles(
+        (64, 64),
+        sm_80=[(16, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
+        sm_90=[(32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)],
+        sm_100=[(64, 64, 8, 2), (64, 128, 8, 2)],
+        single=[(16, 32, 4, 1), (16, 16, 4, 1)],
+    ),
+    (128, False): tiles(
+        (64, 64),
+        sm_80=[(32, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)],
+        sm_90=[(32, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)],
+        sm_100=[(64, 64, 8, 2), (64, 128, 8, 2)],
+        single=[(16, 32, 4, 1)],
+    ),
+    (128, True): tiles(
+        (64, 64),
+        sm_80=[(16, 64, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)],
+        sm_90=[(16, 128, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
+        sm_100=[(32, 64, 8, 2), (64, 64, 8, 2)],
+        single=[(16, 32, 4, 1)],
+    ),
+}
+# By BLOCK_N, the most keys of a row, too. Where there is none, or a bias, the two other kernels serve.
+WHOLE_ROWS_TILES = {
+    (64, False, 64): tiles(
+        (64, 64),
+        sm_80=[(32, 64, 4, 2)],
+        sm_90=[(32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1)],
+        sm_100=[(64, 64, 8, 2), (64, 64, 4, 2)],
+        single=[(16, 64, 8, 1)],
+    ),
+    (64, True, 64): tiles(
+        (64, 64),
+        sm_80=[(32, 64, 8, 2), (16, 64, 4, 2)],
+        sm_90=[(32, 64, 4, 2), (32, 64, 8, 2)],
+        sm_100=[(64, 64, 8, 2), (32, 64, 8, 2)],
+        single=[(16, 64, 8, 1)],
+    ),
+    (64, False, 128): tiles(
+        (64, 128),
+        sm_80=[(32, 128, 8, 2)],
+        sm_90=[(64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
+        sm_100=[(64, 128, 8, 2)],
+        single=[(16, 128, 8, 1)],
+    ),
+    (64, True, 128): tiles(
+        (64, 128),
+        sm_80=[(16, 128, 8, 2), (32, 128, 8, 2)],
+        sm_90=[(32, 128, 8, 2), (64, 128, 8, 2)],
+        sm_100=[(32, 128, 8, 2), (64, 128, 8, 2)],
+        single=[(16, 128, 8, 1)],
+    ),
+    (128, False, 64): tiles(
+        (64, 64),
+        sm_80=[(32, 64, 8, 2)],
+        sm_90=[(32, 64, 8, 2)],
+        sm_100=[(32, 64, 8, 2)],
+        single=[(16, 64, 8, 1)],
+    ),
+    (128, False, 128): tiles(
+        (64, 128),
+        sm_80=[(16, 128, 8, 1)],
+        sm_90=[(32, 128, 8, 2)],
+        sm_100=[(32, 128, 8, 2)],
+        single=[(16, 128, 8, 1)],
+    ),
+}
 
 
 def attention_backward(
@@ -419,8 +514,11 @@ def attention_backward(
         head_dim,
         *grad_query.stride()[:2],
     )
-    width = max(64, next_power_of_2(head_dim))
-    whole = max_seqlen_k <= 128
+    table = table_key(head_dim, options)
+    whole_tiles = None
+    if options.bias is None and max_seqlen_q <= 4 * 128:
+        whole_tiles = WHOLE_ROWS_TILES.get((*table, max(64, next_power_of_2(max_seqlen_k))))
+    whole = whole_tiles is not None
     exponent = delta = None
     if not whole:
         exponent, delta = query.new_empty(2, heads, padded_q, dtype=torch.float32)
@@ -441,7 +539,7 @@ def attention_backward(
             *sizes,
             *strides,
             *rest,
-            tiles=GRAD_QUERY_TILES[width],
+            tiles=GRAD_QUERY_TILES[table],
             **constants,
         )
     def grid(blocks):
@@ -469,7 +567,7 @@ def attention_backward(
         *grad_key.stride()[:2],
         *grad_value.stride()[:2],
         *rest,
-        tiles=WHOLE_ROWS_TILES[width, 128] if whole else GRAD_KEY_VALUE_TILES[width],
+        tiles=whole_tiles or GRAD_KEY_VALUE_TILES[table],
         WHOLE_ROWS=whole,
         **constants,
     )

@@ -27,10 +27,12 @@ from albert_fast.kernels.attention_tile import (
     slots,
     store_tile,
     store_zeros,
+    table_key,
     tile_of,
+    tiles,
     visible,
 )
-from albert_fast.kernels.launch import Config, Tiles, dot_precision, launch, next_power_of_2
+from albert_fast.kernels.launch import dot_precision, launch, next_power_of_2
 from albert_fast.ops.attention import AttentionOptions
 
 
@@ -167,16 +169,38 @@ def attention_kernel(
     tl.store(logsumexp + begin_q + queries, result, mask=queries < length_q)
 
 
-def _tiles(half: dict[int, list[Config]], single: list[Config]) -> Tiles:
-    interpreter = Config({"BLOCK_M": 32, "BLOCK_N": 32})
-    return Tiles(interpreter, half, dict.fromkeys(half, single))
-
-
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages)
-
-
-TILES = {64: _tiles({80: [_config(128, 64, 4, 2)], 90: [_config(128, 64, 4, 3)], 100: [_config(128, 64, 4, 3)]}, [_config(64, 32, 4, 2)])}
+# The first tiles are those of least registers for their size: two programs a multiprocessor then hide the softmax of one
+# behind the products of the other.
+FORWARD_TILES = {
+    (64, False): tiles(
+        (64, 64),
+        sm_80=[(128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        sm_90=[(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3)],
+        sm_100=[(128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+        single=[(64, 32, 4, 2), (32, 32, 4, 2)],
+    ),
+    (64, True): tiles(
+        (64, 64),
+        sm_80=[(128, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+        sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        sm_100=[(128, 64, 8, 2), (128, 32, 4, 2)],
+        single=[(64, 32, 4, 2), (32, 32, 4, 2)],
+    ),
+    (128, False): tiles(
+        (64, 64),
+        sm_80=[(128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)],
+        sm_90=[(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
+        sm_100=[(128, 64, 8, 2), (128, 128, 8, 2)],
+        single=[(32, 32, 4, 2), (64, 32, 8, 2)],
+    ),
+    (128, True): tiles(
+        (64, 64),
+        sm_80=[(128, 32, 8, 2), (64, 32, 4, 2)],
+        sm_90=[(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
+        sm_100=[(128, 32, 8, 2), (128, 64, 8, 2)],
+        single=[(32, 32, 4, 2)],
+    ),
+}
 
 
 def attention(
@@ -227,7 +251,7 @@ def attention(
         options.site,
         dropout.limit(options.dropout_p),
         1.0 / (1.0 - options.dropout_p),
-        tiles=TILES[max(64, next_power_of_2(head_dim))],
+        tiles=FORWARD_TILES[table_key(head_dim, options)],
         dtype=query.dtype,
         key=(next_power_of_2(max_seqlen_q), next_power_of_2(max_seqlen_k)),
         HEAD_DIM=head_dim,

@@ -5,14 +5,39 @@ that number is its slot. The host knows how many tokens and rows there are and h
 are, so there may be more slots than tiles: a program whose tile lies beyond its row returns.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from albert_fast.kernels.dropout import keep_mask
+from albert_fast.kernels.launch import Config, Tiles
+from albert_fast.ops.attention import AttentionOptions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+Cut = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages
+
+
+def tiles(
+    interpreter: tuple[int, int], *, sm_80: Sequence[Cut], sm_90: Sequence[Cut], sm_100: Sequence[Cut], single: Sequence[Cut]
+) -> Tiles:
+    """A table; float32 has the same tiles everywhere: its products run on the FMA units, small ones do not spill."""
+
+    def configs(cuts: Sequence[Cut]) -> list[Config]:
+        return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in cuts]
+
+    half = {80: configs(sm_80), 90: configs(sm_90), 100: configs(sm_100)}
+    block_m, block_n = interpreter
+    return Tiles(Config({"BLOCK_M": block_m, "BLOCK_N": block_n}), half, dict.fromkeys(half, configs(single)))
+
+
+def table_key(head_dim: int, options: AttentionOptions) -> tuple[int, bool]:
+    """Which table serves a call: head size rounded up, and whether there is more in a tile of scores than products."""
+    return 64 if head_dim <= 64 else 128, options.bias is not None or options.dropout_p > 0.0
 
 
 def slots(tokens: int, batch: int, max_seqlen: int, block: int) -> int:

@@ -41,8 +41,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-2e38)
 # Tiles that a program has at least: parts of fewer cost more to merge than they save.
 _LEAST_TILES = tl.constexpr(4)
-# Labels with more than this probability have the largest logit; others may share it.
-_MORE_THAN_HALF = tl.constexpr(0.51)
+# -log(0.51): labels with a probability beyond a half have the largest logit; others may share it.
+_SURE = tl.constexpr(0.673)
+
+_ZEROED = tl.constexpr(16)  # tokens that a program zeroes at once
 
 # Columns of x. Beyond, the reference serves.
 MOST_COLUMNS = 512
@@ -184,7 +186,7 @@ def _first_largest(queries, table, bias, tile, rows, block_v, vocabulary, SIZE: 
     column = tl.arange(0, BLOCK_E)[None, None, :]
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     result = tile * block_v
-    for start in range(0, block_v, WORDS):
+    for start in tl.range(0, block_v, WORDS, num_stages=4):
         word = (tile * block_v + start)[:, None] + tl.arange(0, WORDS)[None, :]  # [ROWS, WORDS]
         exists = rows[:, None] & (word < vocabulary)
         mask = exists[:, :, None]
@@ -243,88 +245,89 @@ def merge_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
+    PER_SM: tl.constexpr,
 ):
-    """ROWS tokens, of which those without a label get zeros, and as many labelled ones."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_E)[None, :]
-    token = first_row + row
-    label = tl.load(labels + token, mask=token < tokens, other=0)
-    zero = (token < tokens) & (label == ignore_index)
-    tl.store(loss + token, tl.zeros([ROWS], tl.float32), mask=zero)
-    tl.store(logsumexp + token, tl.zeros([ROWS], tl.float32), mask=zero)
-    tl.store(correct + token, tl.zeros([ROWS], tl.int8), mask=zero)
-    if TRAINING:
-        zeros = tl.zeros([ROWS, BLOCK_E], tl.float32)
-        store_rows(token_grads, token, zero, zeros, SIZE)
+    labelled = tl.load(header)
+    # Tokens without a label.
+    for first in range(tl.program_id(0) * _ZEROED, most_rows, tl.num_programs(0) * _ZEROED):
+        token = first_row + first + tl.arange(0, _ZEROED)
+        zero = tl.load(labels + token, mask=token < tokens, other=ignore_index) == ignore_index
+        zero = zero & (token < tokens)
+        tl.store(loss + token, tl.zeros([_ZEROED], tl.float32), mask=zero)
+        tl.store(logsumexp + token, tl.zeros([_ZEROED], tl.float32), mask=zero)
+        tl.store(correct + token, tl.zeros([_ZEROED], tl.int8), mask=zero)
+        if TRAINING:
+            store_rows(token_grads, token, zero, tl.zeros([_ZEROED, BLOCK_E], tl.float32), SIZE)
 
-    rows = tl.minimum(tl.load(header) - first_row, most_rows)
-    if tl.program_id(0) * ROWS >= rows:
-        return
+    rows = tl.minimum(labelled - first_row, most_rows)
     block_m, block_v = tl.load(header + 1), tl.load(header + 2)
     tiles, total, programs = _shares(rows, vocabulary, block_m, block_v, tl.load(header + 3))
-    # A block of rows is a multiple of ROWS. The programs that have its first tile and its last one.
-    row_block = tl.program_id(0) * ROWS // block_m
-    first_program = (((row_block * tiles + 1) * programs.to(tl.int64) - 1) // total).to(tl.int32)
-    last_program = (((row_block + 1) * tiles * programs.to(tl.int64) - 1) // total).to(tl.int32)
-    inside = row < rows
-    row_max = tl.full([ROWS], _LOWEST, tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    best_tile = tl.zeros([ROWS], tl.int32)
-    accumulator = tl.zeros([ROWS, BLOCK_E], tl.float32)
-    for first in range(first_program, last_program + 1, PARTS):
-        program = first + tl.arange(0, PARTS)
-        part = (program + row_block)[None, :] * block_m + (row % block_m)[:, None]  # [ROWS, PARTS]
-        exists = inside[:, None] & (program <= last_program)[None, :]
-        maxima = tl.load(statistics + part, mask=exists, other=_LOWEST)
-        sums = tl.load(statistics + parts + part, mask=exists, other=0.0)
-        tile = tl.load(statistics + 2 * parts + part, mask=exists, other=0.0).to(tl.int32)
-        new_max = tl.maximum(row_max, tl.max(maxima, axis=1))
-        first_tile = tl.min(tl.where(maxima == new_max[:, None], tile, 2**31 - 1), axis=1)
-        best_tile = tl.where(new_max > row_max, first_tile, best_tile)
-        weights = tl.exp2((maxima - new_max[:, None]) * LOG2E)
-        correction = tl.exp2((row_max - new_max) * LOG2E)
-        row_sum = row_sum * correction + tl.sum(weights * sums, axis=1)
-        row_max = new_max
-        if TRAINING:
-            part_rows = values + part.to(tl.int64)[:, :, None] * BLOCK_E + column[None, :, :]
-            part_values = tl.load(part_rows, mask=exists[:, :, None], other=0.0)  # [ROWS, PARTS, E]
-            accumulator = accumulator * correction[:, None] + tl.sum(weights[:, :, None] * part_values, axis=1)
-    row_sum = tl.where(inside, row_sum, 1.0)
-    total_log = row_max + (tl.log2(row_sum) - SHIFT) * LN2
-
-    token = tl.load(positions + first_row + row, mask=inside, other=0)
-    label = tl.load(labels + token, mask=inside, other=-1)
-    # A label that is no word has no logit, and matches none.
-    word_exists = (label >= 0) & (label < vocabulary)
-    word = tl.where(word_exists, label, 0).to(tl.int32)
-    queries = gather_rows(x, token, inside, x_stride, SIZE, BLOCK_E).to(tl.float32)
-    target_row = gather_rows(table, word, word_exists, SIZE, SIZE, BLOCK_E).to(tl.float32)
-    target = tl.sum(queries * target_row, axis=1)
-    target += tl.load(bias + word, mask=word_exists, other=0.0).to(tl.float32)
-    minus_log = total_log - target
-    # No logit is larger than the logsumexp, but by rounding.
-    minus_log = tl.where(word_exists & (minus_log < 0.0), 0.0, minus_log)
-    token_loss = (1.0 - label_smoothing) * minus_log + z_loss * total_log * total_log
-    if table_sum is not None:
-        sum_row = tl.load(table_sum + column, mask=column < SIZE, other=0.0)  # [1, E]
-        mean = (tl.sum(queries * sum_row, axis=1) + tl.load(bias_sum)) / vocabulary
-        token_loss += label_smoothing * (total_log - mean)
-    tl.store(loss + token, token_loss, mask=inside)
-    tl.store(logsumexp + token, total_log, mask=inside)
-
-    first_of_all = word_exists & (tl.exp2(-minus_log * LOG2E) > _MORE_THAN_HALF)
-    unsure = word_exists & (first_of_all == 0) & (word // block_v == best_tile)
-    if tl.max(unsure.to(tl.int32)) > 0:
-        largest = _first_largest(queries, table, bias, best_tile, unsure, block_v, vocabulary, SIZE, WORDS)
-        first_of_all = first_of_all | (unsure & (largest == word))
-    tl.store(correct + token, first_of_all.to(tl.int8), mask=inside)
-
-    if TRAINING:
-        factor = (1.0 + 2.0 * z_loss * total_log) / row_sum
-        grad = accumulator * factor[:, None] - (1.0 - label_smoothing) * target_row
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        # Before the parts: these loads wait for each other.
+        labelled_token = tl.load(positions + first_row + row, mask=inside, other=0)
+        label = tl.load(labels + labelled_token, mask=inside, other=-1)
+        # A label that is no word has no logit, and matches none.
+        word_exists = (label >= 0) & (label < vocabulary)
+        word = tl.where(word_exists, label, 0).to(tl.int32)
+        queries = gather_rows(x, labelled_token, inside, x_stride, SIZE, BLOCK_E).to(tl.float32)
+        target_row = gather_rows(table, word, word_exists, SIZE, SIZE, BLOCK_E).to(tl.float32)
+        target = tl.sum(queries * target_row, axis=1)
+        target += tl.load(bias + word, mask=word_exists, other=0.0).to(tl.float32)
+        # A block of rows is a multiple of ROWS. The programs that have its first tile and its last one.
+        row_block = first // block_m
+        first_program = (((row_block * tiles + 1) * programs.to(tl.int64) - 1) // total).to(tl.int32)
+        last_program = (((row_block + 1) * tiles * programs.to(tl.int64) - 1) // total).to(tl.int32)
+        row_max = tl.full([ROWS], _LOWEST, tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        best_tile = tl.zeros([ROWS], tl.int32)
+        accumulator = tl.zeros([ROWS, BLOCK_E], tl.float32)
+        for first_of_some in range(first_program, last_program + 1, PARTS):
+            program = first_of_some + tl.arange(0, PARTS)
+            part = (program + row_block)[None, :] * block_m + (row % block_m)[:, None]  # [ROWS, PARTS]
+            exists = inside[:, None] & (program <= last_program)[None, :]
+            maxima = tl.load(statistics + part, mask=exists, other=_LOWEST)
+            sums = tl.load(statistics + parts + part, mask=exists, other=0.0)
+            tile = tl.load(statistics + 2 * parts + part, mask=exists, other=0.0).to(tl.int32)
+            new_max = tl.maximum(row_max, tl.max(maxima, axis=1))
+            first_tile = tl.min(tl.where(maxima == new_max[:, None], tile, 2**31 - 1), axis=1)
+            best_tile = tl.where(new_max > row_max, first_tile, best_tile)
+            weights = tl.exp2((maxima - new_max[:, None]) * LOG2E)
+            correction = tl.exp2((row_max - new_max) * LOG2E)
+            row_sum = row_sum + tl.sum(weights * sums, axis=1)
+            row_max = new_max
+            if TRAINING:
+                pointers = values + part.to(tl.int64)[:, :, None] * BLOCK_E + column[None, :, :]
+                part_values = tl.load(pointers, mask=exists[:, :, None], other=0.0)  # [ROWS, PARTS, E]
+                accumulator = accumulator * correction[:, None] + tl.sum(weights[:, :, None] * part_values, axis=1)
+        row_sum = tl.where(inside, row_sum, 1.0)
+        total_log = tl.where(inside, row_max + (tl.log2(row_sum) - SHIFT) * LN2, 0.0)
+        minus_log = total_log - target
+        # No logit is larger than the logsumexp, but by rounding.
+        minus_log = tl.where(word_exists & (minus_log < 0.0), 0.0, minus_log)
+        token_loss = (1.0 - label_smoothing) * minus_log + z_loss * total_log * total_log
         if table_sum is not None:
-            grad -= label_smoothing / vocabulary * sum_row
-        store_rows(token_grads, token, inside, grad, SIZE)
+            sum_row = tl.load(table_sum + column, mask=column < SIZE, other=0.0)  # [1, E]
+            mean = (tl.sum(queries * sum_row, axis=1) + tl.load(bias_sum)) / vocabulary
+            token_loss += label_smoothing * (total_log - mean)
+        tl.store(loss + labelled_token, token_loss, mask=inside)
+        tl.store(logsumexp + labelled_token, total_log, mask=inside)
+
+        is_first = word_exists & (minus_log < _SURE)
+        unsure = word_exists & (is_first == 0) & (word // block_v == best_tile)
+        if tl.max(unsure.to(tl.int32)) > 0:
+            largest = _first_largest(queries, table, bias, best_tile, unsure, block_v, vocabulary, SIZE, WORDS)
+            is_first = is_first | (unsure & (largest == word))
+        tl.store(correct + labelled_token, is_first.to(tl.int8), mask=inside)
+
+        if TRAINING:
+            factor = (1.0 + 2.0 * z_loss * total_log) / row_sum
+            grad = accumulator * factor[:, None] - (1.0 - label_smoothing) * target_row
+            if table_sum is not None:
+                grad -= label_smoothing / vocabulary * sum_row
+            store_rows(token_grads, labelled_token, inside, grad, SIZE)
 
 
 def _config(block_m: int, block_v: int, per_sm: int, num_warps: int, num_stages: int) -> Config:
@@ -338,32 +341,44 @@ TILES = {
     128: Tiles(
         _INTERPRETER,
         half={
-            80: [_config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2), _config(128, 32, 2, 4, 3)],
-            90: [_config(128, 128, 1, 8, 3), _config(64, 128, 2, 4, 2), _config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 3)],
-            100: [_config(128, 64, 1, 8, 3), _config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2)],
+            80: (_config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2), _config(128, 32, 2, 4, 3)),
+            90: [
+                _config(128, 128, 1, 8, 3),
+                _config(128, 64, 2, 4, 3),
+                _config(64, 128, 2, 4, 2),
+                _config(64, 64, 2, 4, 3),
+            ],
+            100: (_config(128, 64, 1, 8, 3), _config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2)),
         },
-        single=dict.fromkeys(ARCHITECTURES, [_config(64, 32, 1, 8, 2), _config(32, 32, 2, 4, 2)]),
+        single=dict.fromkeys(ARCHITECTURES, (_config(64, 32, 1, 8, 2), _config(32, 32, 2, 4, 2))),
     ),
     256: Tiles(
         _INTERPRETER,
-        half=dict.fromkeys(ARCHITECTURES, [_config(64, 32, 1, 8, 2)]),
-        single=dict.fromkeys(ARCHITECTURES, [_config(32, 16, 1, 8, 2)]),
+        half=dict.fromkeys(ARCHITECTURES, (_config(64, 32, 1, 8, 2),)),
+        single=dict.fromkeys(ARCHITECTURES, (_config(32, 16, 1, 8, 2),)),
     ),
     512: Tiles(
         _INTERPRETER,
-        half=dict.fromkeys(ARCHITECTURES, [_config(32, 16, 1, 8, 2)]),
-        single=dict.fromkeys(ARCHITECTURES, [_config(16, 16, 1, 8, 1)]),
+        half=dict.fromkeys(ARCHITECTURES, (_config(32, 16, 1, 8, 2),)),
+        single=dict.fromkeys(ARCHITECTURES, (_config(16, 16, 1, 8, 1),)),
     ),
 }
 
 
-def _merge_tiles(rows: int, num_warps: int) -> Tiles:
-    config = [Config({"ROWS": rows, "PARTS": 8, "WORDS": 16}, num_warps)]
-    tables = dict.fromkeys(ARCHITECTURES, config)
-    return Tiles(Config({"ROWS": 16, "PARTS": 4, "WORDS": 16}), tables, tables)
+def _merge_config(rows: int, words: int, per_sm: int, num_warps: int) -> Config:
+    return Config({"ROWS": rows, "PARTS": 8, "WORDS": words, "PER_SM": per_sm}, num_warps)
 
 
-MERGE_TILES = {128: _merge_tiles(4, 4), 256: _merge_tiles(2, 4), 512: _merge_tiles(2, 8)}
+def _merge_tiles(*configs: Config) -> Tiles:
+    tables = dict.fromkeys(ARCHITECTURES, configs)
+    return Tiles(Config({"ROWS": 16, "PARTS": 4, "WORDS": 16, "PER_SM": 1}), tables, tables)
+
+
+MERGE_TILES = {
+    128: _merge_tiles(_merge_config(2, 16, 4, 4), _merge_config(1, 16, 12, 2)),
+    256: _merge_tiles(_merge_config(1, 16, 4, 4)),
+    512: _merge_tiles(_merge_config(1, 8, 4, 4)),
+}
 
 
 def tiles_of(tables: dict[int, Tiles], block_e: int) -> Tiles:
@@ -442,10 +457,9 @@ def masked_lm_loss(
             INTERPRETED=isinstance(masked_lm_loss_kernel, InterpretedFunction),
             **constants,
         )
-        rows = min(most_rows, tokens - first_row)
         launch(
             merge_kernel,
-            lambda blocks, rows=rows: (triton.cdiv(rows, blocks["ROWS"]),),
+            lambda blocks: (processors * blocks["PER_SM"],),
             x,
             table,
             bias,

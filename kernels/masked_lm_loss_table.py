@@ -134,10 +134,7 @@ def table_gradient_kernel(
     scale = 1.0
     if largest is not None:
         scale = _scale(largest, rows)
-    on, off = 1.0, 0.0
-    if SMOOTHED:
-        off = label_smoothing / vocabulary
-        on = 1.0 - label_smoothing + off
+    off = label_smoothing / vocabulary
     table_rows = load_rows(table, first, vocabulary, BLOCK_V, SIZE, BLOCK_E)  # [V, E]
     bias_v = tl.load(bias + first + word, mask=inside, other=float("-inf")).to(tl.float32)
     gradient = tl.zeros([BLOCK_V, BLOCK_E], tl.float32)
@@ -151,13 +148,12 @@ def table_gradient_kernel(
         token_weight = token_factor
         if weight is not None:
             token_weight = tl.load(weight + start + row)[None, :] * scale
-        label = tl.load(target + start + row)[None, :]
-        expected = tl.where((first + word)[:, None] == label, on * token_weight, off * token_weight)
+        is_label = (first + word)[:, None] == tl.load(target + start + row)[None, :]  # [V, N]
+        expected = tl.where(is_label, token_weight, 0.0)
+        if SMOOTHED:
+            expected = tl.where(is_label, (1.0 - label_smoothing + off) * token_weight, off * token_weight)
         logits = tl.dot(table_rows, tl.trans(x_rows), input_precision=PRECISION) + bias_v[:, None]  # [V, N]
-        if EXACT:
-            probabilities = tl.exp2((logits - total_log) * LOG2E)
-        else:
-            probabilities = tl.exp2(logits * LOG2E - total_log)
+        probabilities = tl.exp2((logits - total_log) * LOG2E if EXACT else logits * LOG2E - total_log)
         grad_logits = probabilities * token_factor - expected
         bias_gradient += tl.sum(grad_logits, axis=1)
         gradient = tl.dot(grad_logits.to(x_rows.dtype), x_rows, gradient, input_precision=PRECISION)
@@ -185,21 +181,21 @@ TILES = {
     128: Tiles(
         _INTERPRETER,
         half={
-            80: [_config(64, 64, 4, 3), _config(128, 64, 8, 2), _config(64, 32, 4, 3)],
-            90: [_config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(128, 32, 4, 4)],
-            100: [_config(128, 64, 8, 3), _config(128, 128, 8, 2), _config(64, 64, 4, 3)],
+            80: (_config(64, 64, 4, 3), _config(128, 64, 8, 2), _config(64, 32, 4, 3)),
+            90: (_config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(128, 32, 4, 4)),
+            100: (_config(128, 64, 8, 3), _config(64, 64, 4, 3)),
         },
-        single=dict.fromkeys(ARCHITECTURES, [_config(32, 64, 8, 2), _config(32, 32, 4, 2), _config(64, 64, 8, 2)]),
+        single=dict.fromkeys(ARCHITECTURES, (_config(32, 64, 8, 2), _config(32, 32, 4, 2), _config(64, 64, 8, 2))),
     ),
     256: Tiles(
         _INTERPRETER,
-        half=dict.fromkeys(ARCHITECTURES, [_config(64, 32, 8, 2)]),
-        single=dict.fromkeys(ARCHITECTURES, [_config(32, 16, 8, 2)]),
+        half=dict.fromkeys(ARCHITECTURES, (_config(64, 32, 8, 2),)),
+        single=dict.fromkeys(ARCHITECTURES, (_config(32, 16, 8, 2),)),
     ),
     512: Tiles(
         _INTERPRETER,
-        half=dict.fromkeys(ARCHITECTURES, [_config(32, 16, 8, 2)]),
-        single=dict.fromkeys(ARCHITECTURES, [_config(16, 16, 8, 1)]),
+        half=dict.fromkeys(ARCHITECTURES, (_config(32, 16, 8, 2),)),
+        single=dict.fromkeys(ARCHITECTURES, (_config(16, 16, 8, 1),)),
     ),
 }
 

@@ -26,7 +26,7 @@ def call(**changed: Any) -> Call:
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_backend, "_too_old", lambda device: None)
+    monkeypatch.setattr(triton_backend, "_reasons_of_devices", {CUDA: None})
 
 
 def test_what_it_declines_on_a_gpu(on_a_gpu):
@@ -44,13 +44,11 @@ def test_what_it_declines_on_a_gpu(on_a_gpu):
 
 def test_old_gpus(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    triton_backend._too_old.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert triton_backend.declines(call()) == "compute capability 8.0 and later, not 7.5"
-    triton_backend._too_old.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert triton_backend.declines(call()) is None
-    triton_backend._too_old.cache_clear()
+    reason = "compute capability 8.0 and later, not 7.5"
+    for capability, expected in (((7, 5), reason), ((8, 0), None), ((9, 0), None)):
+        monkeypatch.setattr(triton_backend, "_reasons_of_devices", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert triton_backend.declines(call()) == expected
 
 
 def test_in_the_interpreter(monkeypatch):
@@ -65,7 +63,7 @@ def test_why_it_is_unavailable(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(triton_backend.unavailable()).startswith("PyTorch finds no GPU")
-    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
+    monkeypatch.setattr(triton_backend, "_INSTALLED", False)
     assert triton_backend.unavailable() == "Triton is not installed: pip install triton (Linux)"
 
 

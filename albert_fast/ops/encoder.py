@@ -230,7 +230,6 @@ class _Saved(NamedTuple):
 _KEPT = {"none": 7, "ffn": 6, "layer": 1}
 
 
-@backends.reference("encoder_kept_shapes")
 def kept_shapes(
     hidden: Tensor, parameters: list[Tensor], options: EncoderOptions
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -441,7 +440,7 @@ def _op(
 @_op.register_fake
 def _(hidden, parameters, cu_seqlens, max_seqlen, *options):  # type: ignore[no-untyped-def]
     options = EncoderOptions(*options)
-    shapes = backends.implementation("encoder_kept_shapes", _call(hidden, options, training=True))
+    shapes = backends.choose(_call(hidden, options, training=True)).load().get("encoder_kept_shapes", kept_shapes)
     kept = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes(hidden, parameters, options)]
     return _empty_output(hidden, options), kept
 

@@ -134,12 +134,6 @@ def _forward(
     return *results, x.new_empty(0)
 
 
-@backends.reference("masked_lm_loss_token_grads_shape")
-def no_token_grads(x: Tensor, training: bool) -> tuple[int, ...]:
-    """Of backends that leave all of the gradient to the backward."""
-    return (0,)
-
-
 @backends.reference("masked_lm_loss_backward")
 def _backward(
     grad_loss: Tensor,
@@ -196,8 +190,9 @@ def _op(
 def _(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(x.shape[0], dtype=dtype)
-    token_grads_shape = backends.implementation("masked_lm_loss_token_grads_shape", _call(x))
-    token_grads = x.new_empty(token_grads_shape(x, training))
+    # Most backends leave all of the gradient to the backward.
+    shape = backends.choose(_call(x)).load().get("masked_lm_loss_token_grads_shape", lambda x, training: (0,))
+    token_grads = x.new_empty(shape(x, training))
     return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool), token_grads
 
 

@@ -18,6 +18,14 @@ def device() -> torch.device:
     return torch.device("cpu" if triton_backend.interpreted() else "cuda")
 
 
+def assert_same_arithmetic(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same bits in the interpreter; compilers may fuse a product and a sum in one kernel and not in another."""
+    if triton_backend.interpreted():
+        assert_same_bits(actual, expected)
+    else:
+        assert_all_close(actual, expected, tolerance=max(torch.finfo(t.dtype).eps for t in actual.values()))
+
+
 def inputs(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient, x, bias."""
     return tuple(torch.randn(*size, device=device) for size in ((tokens, columns), (tokens, columns), (columns,)))
@@ -38,9 +46,11 @@ def test_activation_and_gradients(tokens, columns, form, device):
     activated = torch.empty_like(x)
     grad_x, grad_bias = gelu_backward(grad, x, bias, form, activated=activated)
     results = {"y": gelu(x, bias, form), "grad_x": grad_x, "grad_bias": grad_bias}
-    scales = {"grad_bias": grad_x.double().norm().item()}
+    # Far out on the left little is left, of numbers of the size of x and of the gradient.
+    size = grad.norm().item()
+    scales = {"y": (x + bias).norm().item(), "grad_x": size, "grad_bias": size}
     assert_all_close(results, expected(grad, x, bias, form), tolerance=1e-6, scales=scales)
-    assert torch.equal(activated, results["y"])
+    assert_same_arithmetic({"y": activated}, {"y": results["y"]})
     again = gelu_backward(grad, x, bias, form)
     assert_same_bits({"x": again[0], "bias": again[1]}, {"x": grad_x, "bias": grad_bias})
 
@@ -60,8 +70,10 @@ def test_into_buffers_with_strides_and_in_place(form, device):
     grad, x, bias = inputs(40, 30, device)
     y = gelu(x, bias, form)
     grad_x, grad_bias = gelu_backward(grad, x, bias, form)
-    wide = torch.full((2, 40, 50), 7.0, device=device)
-    grad_there, x_there = wide[..., 8:38]
+    wide, wider = (torch.full((40, width), 7.0, device=device) for width in (50, 70))
+    grad_there, x_there = wide[:, 8:38], wider[:, 8:38]
+    gelu_backward(grad, x, bias, form, grad_x=grad_there, activated=x_there)
+    assert_same_arithmetic({"x": grad_there, "y": x_there}, {"x": grad_x, "y": y})
     grad_there.copy_(grad)
     x_there.copy_(x)
     sums = torch.ones(30, device=device)
@@ -69,11 +81,13 @@ def test_into_buffers_with_strides_and_in_place(form, device):
     results = gelu_backward(grad_there, x_there, bias, form, grad_x=grad_there, activated=x_there, sums=sums)
     assert results[0] is grad_there
     assert results[1] is sums
-    assert_same_bits({"x": grad_there, "y": x_there, "bias": sums}, {"x": grad_x, "y": y, "bias": grad_bias + 1})
+    assert_same_arithmetic({"x": grad_there, "y": x_there, "bias": sums}, {"x": grad_x, "y": y, "bias": grad_bias + 1})
     x_there.copy_(x)
     assert gelu(x_there, bias, form, out=x_there) is x_there
     assert torch.equal(x_there, y)
-    assert bool((wide[..., :8] == 7.0).all() & (wide[..., 38:] == 7.0).all())
+    for buffer in (wide, wider):
+        assert torch.equal(buffer[:, :8], torch.full_like(buffer[:, :8], 7.0))
+        assert torch.equal(buffer[:, 38:], torch.full_like(buffer[:, 38:], 7.0))
 
 
 @parametrize_form
@@ -83,7 +97,7 @@ def test_half_precision_is_rounded_once(form, device):
     grad_x, grad_bias = gelu_backward(grad, x, bias, form)
     results = {"y": gelu(x, bias, form), "x": grad_x, "bias": grad_bias}
     wide = {"y": gelu(x.float(), bias.float(), form).half(), "x": wide_grad.half(), "bias": wide_grad_bias}
-    assert_same_bits(results, wide)
+    assert_same_arithmetic(results, wide)
 
 
 @parametrize_form

@@ -28,6 +28,14 @@ def device() -> torch.device:
     return torch.device("cpu" if triton_backend.interpreted() else "cuda")
 
 
+def assert_same_arithmetic(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same bits in the interpreter; compilers may fuse a product and a sum in one kernel and not in another."""
+    if triton_backend.interpreted():
+        assert_same_bits(actual, expected)
+    else:
+        assert_all_close(actual, expected, tolerance=max(torch.finfo(t.dtype).eps for t in actual.values()))
+
+
 class Case:
     def __init__(
         self,
@@ -79,21 +87,29 @@ class Case:
 def test_what_forward_keeps_is_what_backward_reads(tokens, hidden, dropout_p, device):
     case = Case(tokens, hidden, device, dropout_p)
     output = case.forward()
-    expected = case.residual.double() + (case.x.double() + case.bias) * case.keep()
+    leaves = {
+        name: getattr(case, name).double().requires_grad_() for name in ("residual", "x", "weight", "ln_bias", "bias")
+    }
+    expected = leaves["residual"] + (leaves["x"] + leaves["bias"]) * case.keep()
+    expected_output = F.layer_norm(expected, (hidden,), leaves["weight"], leaves["ln_bias"], EPS)
+    expected_grads = torch.autograd.grad(expected_output, list(leaves.values()), case.grad.double())
     assert_all_close(
         {"summed": case.summed, "mean": case.statistics[0], "rstd": case.statistics[1], "output": output},
         {
             "summed": expected,
             "mean": expected.mean(1),
             "rstd": (expected.var(1, correction=0) + EPS).rsqrt(),
-            "output": F.layer_norm(expected, (hidden,), case.weight.double(), case.ln_bias.double(), EPS),
+            "output": expected_output,
         },
         tolerance=1e-4 if hidden == 1 else 1e-5,
     )
-    assert torch.equal(layer_norm_apply(case.summed, case.weight, case.ln_bias, case.statistics), output)
+    applied = layer_norm_apply(case.summed, case.weight, case.ln_bias, case.statistics)
+    assert_same_arithmetic({"": applied}, {"": output})
     normed = torch.empty_like(output)
     grads = case.backward(ln_bias=case.ln_bias, normed=normed)
-    assert_all_close(grads, {name: case.from_inputs()[name] for name in grads}, tolerance=1e-5)
+    scales = dict.fromkeys(grads, float(tokens)) if hidden == 1 else None  # there the gradient of the sum is 0
+    for actual in (grads, case.from_inputs()):
+        assert_all_close(actual, dict(zip(grads, expected_grads, strict=True)), tolerance=1e-5, scales=scales)
     assert_all_close({"": normed}, {"": output}, tolerance=1e-6)
     assert (grads["x"] is grads["residual"]) == (dropout_p == 0.0)
     assert_same_bits(case.backward(), grads)
@@ -116,7 +132,7 @@ def test_into_buffers_with_strides_and_in_place(dropout_p, device):
     assert grads["residual"] is buffers["grad_residual"]
     assert grads["x"] is buffers["grad_x"]
     expected_grads |= {name: expected_grads[name] + 1 for name in ("weight", "ln_bias", "bias")}
-    assert_same_bits(
+    assert_same_arithmetic(
         {**grads, "output": x, "normed": buffers["normed"], "summed": case.summed},
         {**expected_grads, "output": expected, "normed": normed, "summed": summed},
     )
@@ -181,7 +197,7 @@ def test_half_precision_is_rounded_once(dropout_p, device):
     grads, expected_grads = case.backward(), wide.backward()
     for name in ("x", "residual"):
         expected_grads[name] = expected_grads[name].half()
-    assert_same_bits({**grads, "output": output}, {**expected_grads, "output": expected.half()})
+    assert_same_arithmetic({**grads, "output": output}, {**expected_grads, "output": expected.half()})
 
 
 def test_column_sums(device):
