@@ -83,6 +83,7 @@ _FUNCTIONS = {
     "dropout_add_layer_norm_backward": "dropout_add_layer_norm.dropout_add_layer_norm_backward",
     "embed_layer_norm": "embed_layer_norm.embed_layer_norm",
     "embed_layer_norm_backward": "embed_layer_norm.embed_layer_norm_backward",
+    "embed_layer_norm_backward_sparse": "embed_layer_norm.embed_layer_norm_backward_sparse",
     "encoder": "encoder.encoder",
     "encoder_inference": "encoder.encoder_inference",
     "encoder_backward": "encoder.encoder_backward",
@@ -98,8 +99,5 @@ def load() -> dict[str, Callable[..., Any]]:
     functions = {}
     for name, path in _FUNCTIONS.items():
         module, function = path.split(".")
-        try:
-            functions[name] = getattr(importlib.import_module(f"albert_fast.kernels.{module}"), function)
-        except ImportError:  # TEMPORARY, while they are being written
-            continue
+        functions[name] = getattr(importlib.import_module(f"albert_fast.kernels.{module}"), function)
     return functions

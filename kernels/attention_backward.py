@@ -3,9 +3,9 @@
     P  = exp(scores - logsumexp)            dV = Pᵀ dO
     dS = P (dO Vᵀ - rowsum(dO O))           dQ = scale dS K,  dK = scale dSᵀ Q
 
-(Dao et al., arXiv 2205.14135, appendix B.) One kernel goes over the keys for a tile of queries (dQ, and rowsum(dO O) for
-the other kernel), one over the queries for a tile of keys (dK, dV): 7 products of tiles where 5 would do, and no sums
-across programs. Where rows are short a tile of keys is all of the row: the second kernel then computes dQ as well,
+(Dao et al., arXiv 2205.14135, appendix B.) One kernel goes over the keys for a tile of queries (dQ, and rowsum(dO O)
+for the other kernel), one over the queries for a tile of keys (dK, dV): 7 products of tiles where 5 would do, and no
+sums across programs. Where rows are short a tile of keys is all of the row: the second kernel then computes dQ as well,
 with 5 products, and is the only one.
 
 Precision: P, dS and all sums in float32; P and dS are rounded to the inputs' dtype before their products.
@@ -42,8 +42,8 @@ from albert_fast.ops.attention import AttentionOptions
 _NOT_SPECIALIZED = ["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
 
 
-# In `exponent` and `delta` each row begins at a multiple of this, for aligned reads, and its last tile is filled: no tile of
-# queries may be larger.
+# In `exponent` and `delta` each row begins at a multiple of this, for aligned reads, and its last tile is filled: no
+# tile of queries may be larger.
 PADDING = tl.constexpr(128)
 
 
@@ -55,7 +55,7 @@ def _padded_begin(cu_seqlens, row):
 
 @triton.jit
 def _exponent(logsumexp, begin, queries, length):
-    """What is subtracted from the scores in units of ln 2; infinity where there is no query or it sees no key: P = 0."""
+    """What is subtracted from the scores in units of ln 2; infinity, for P = 0, without a query or a key that it sees."""
     loaded = tl.load(logsumexp + begin + queries, mask=queries < length, other=float("-inf"))
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
@@ -188,7 +188,9 @@ def grad_query_kernel(
             grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
         grad_scores = probabilities * (grad_probabilities - row_delta[:, None])
         accumulator = tl.dot(grad_scores.to(k.dtype), k, accumulator, input_precision=PRECISION)
-    store_tile(grad_query, begin_q, first_q, length_q, grad_query_stride, accumulator * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_tile(
+        grad_query, begin_q, first_q, length_q, grad_query_stride, accumulator * scale, BLOCK_M, HEAD_DIM, BLOCK_D
+    )
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -453,13 +455,6 @@ WHOLE_ROWS_TILES = {
         sm_100=[(32, 64, 8, 2)],
         single=[(16, 64, 8, 1)],
     ),
-    (128, False, 128): tiles(
-        (64, 128),
-        sm_80=[(16, 128, 8, 1)],
-        sm_90=[(32, 128, 8, 2)],
-        sm_100=[(32, 128, 8, 2)],
-        single=[(16, 128, 8, 1)],
-    ),
 }
 
 
@@ -542,10 +537,12 @@ def attention_backward(
             tiles=GRAD_QUERY_TILES[table],
             **constants,
         )
+
     def grid(blocks):
         if not whole:
             return (heads * slots(tokens_k, batch, max_seqlen_k, blocks["BLOCK_N"]),)
         return (heads * max(batch, triton.cdiv(max(tokens_q, tokens_k), blocks["BLOCK_N"])),)
+
     launch(
         grad_key_value_kernel,
         grid,

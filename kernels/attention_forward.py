@@ -36,7 +36,9 @@ from albert_fast.kernels.launch import dot_precision, launch, next_power_of_2
 from albert_fast.ops.attention import AttentionOptions
 
 
-@triton.jit(do_not_specialize=["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"])
+@triton.jit(
+    do_not_specialize=["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
+)
 def attention_kernel(
     query,
     key,
@@ -169,8 +171,8 @@ def attention_kernel(
     tl.store(logsumexp + begin_q + queries, result, mask=queries < length_q)
 
 
-# The first tiles are those of least registers for their size: two programs a multiprocessor then hide the softmax of one
-# behind the products of the other.
+# The first tiles leave room for two programs a multiprocessor where they can: the softmax of one then hides behind the
+# products of the other.
 FORWARD_TILES = {
     (64, False): tiles(
         (64, 64),

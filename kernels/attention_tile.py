@@ -23,7 +23,12 @@ Cut = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages
 
 
 def tiles(
-    interpreter: tuple[int, int], *, sm_80: Sequence[Cut], sm_90: Sequence[Cut], sm_100: Sequence[Cut], single: Sequence[Cut]
+    interpreter: tuple[int, int],
+    *,
+    sm_80: Sequence[Cut],
+    sm_90: Sequence[Cut],
+    sm_100: Sequence[Cut],
+    single: Sequence[Cut],
 ) -> Tiles:
     """A table; float32 has the same tiles everywhere: its products run on the FMA units, small ones do not spill."""
 
@@ -96,7 +101,7 @@ def row_range(cu_seqlens, row, tokens, batch, max_seqlen):
 
 @triton.jit
 def load_tile(pointer, begin, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens `first` to `first + ROWS` of a row that begins at token `begin` (int64) [ROWS, BLOCK_D], zero beyond it."""
+    """[ROWS, BLOCK_D]: tokens from `first` on of a row that begins at token `begin`, int64; zero beyond its length."""
     tokens, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = tokens < length - first
     if HEAD_DIM < BLOCK_D:

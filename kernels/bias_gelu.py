@@ -195,9 +195,9 @@ def _backward(
 ) -> None:
     """Launches the kernels; grad_bias may have any dtype."""
     tokens, columns = x.shape
-    # The programs of a strip share its columns.
+    # The columns of a strip are shared by so many programs.
     sharing = max(1, triton.cdiv(columns, 256))
-    programs = max(1, strips(x.device, tokens, _PROGRAMS) // sharing)
+    programs = max(1, strips(x.device, tokens * sharing, _PROGRAMS) // sharing)
     partials = None
     if grad_bias is not None:
         partials = torch.empty(programs, columns, dtype=torch.float32, device=x.device)

@@ -9,6 +9,8 @@ Ids beyond their table, which cannot be looked at without waiting for the GPU, r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,7 @@ from albert_fast.kernels.layer_norm_backward import (
     token_keep_mask,
     warps_of,
 )
-from albert_fast.kernels.segment_sum import segment_sum
+from albert_fast.kernels.segment_sum import segment_sum, sparse_segment_sum
 
 # More token types than this have their gradient from `segment_sum`.
 _FEW_TYPES = 2
@@ -318,7 +320,26 @@ def embed_layer_norm(
     return y
 
 
-def embed_layer_norm_backward(
+def embed_layer_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of inputs, where they are vectors, and of word, position, token_type, weight and bias.
+
+    The arguments are those of `_backward`, and padding_idx.
+    """
+    grad_output, inputs, _, _, word, *_, padding_idx = arguments
+    grad_sum, *others = _backward(*arguments[:-1])
+    if inputs.is_floating_point():
+        return grad_sum, torch.zeros(word.shape, dtype=word.dtype, device=word.device), *others
+    return grad_output.new_empty(0), segment_sum(inputs, grad_sum, len(word), skip=padding_idx), *others
+
+
+def embed_layer_norm_backward_sparse(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same for ids, with the gradient of word as the ids and rows of `sparse_segment_sum`."""
+    _, inputs, _, _, word, *_, padding_idx = arguments
+    grad_sum, *others = _backward(*arguments[:-1])
+    return *sparse_segment_sum(inputs, grad_sum, len(word), skip=padding_idx), *others
+
+
+def _backward(
     grad_output: Tensor,
     inputs: Tensor,
     position_ids: Tensor,
@@ -333,8 +354,8 @@ def embed_layer_norm_backward(
     seed: Tensor | None,
     site: int,
     cu_seqlens: Tensor | None,
-    padding_idx: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum [tokens, E], of `position`, `token_type`, `weight` and `bias`."""
     tokens, size = inputs.shape[0], word.shape[1]
     embeds = inputs.is_floating_point()
     few_types = len(token_type) if len(token_type) <= _FEW_TYPES else 0
@@ -383,8 +404,4 @@ def embed_layer_norm_backward(
         column_sum(partials, (grad_weight, grad_bias))
         grad_type = segment_sum(token_type_ids, grad_sum, len(token_type))
     grad_position = segment_sum(position_ids, grad_sum, len(position))
-    if embeds:
-        grad_word = torch.zeros(word.shape, dtype=word.dtype, device=word.device)
-        return grad_sum, grad_word, grad_position, grad_type, grad_weight, grad_bias
-    grad_word = segment_sum(inputs, grad_sum, len(word), skip=padding_idx)
-    return grad_output.new_empty(0), grad_word, grad_position, grad_type, grad_weight, grad_bias
+    return grad_sum, grad_position, grad_type, grad_weight, grad_bias

@@ -250,7 +250,8 @@ def merge_kernel(
     column = tl.arange(0, BLOCK_E)[None, :]
     labelled = tl.load(header)
     # Tokens without a label.
-    for first in range(tl.program_id(0) * _ZEROED, most_rows, tl.num_programs(0) * _ZEROED):
+    end = tl.minimum(most_rows, tokens - first_row)
+    for first in range(tl.program_id(0) * _ZEROED, end, tl.num_programs(0) * _ZEROED):
         token = first_row + first + tl.arange(0, _ZEROED)
         zero = tl.load(labels + token, mask=token < tokens, other=ignore_index) == ignore_index
         zero = zero & (token < tokens)
@@ -296,7 +297,7 @@ def merge_kernel(
             best_tile = tl.where(new_max > row_max, first_tile, best_tile)
             weights = tl.exp2((maxima - new_max[:, None]) * LOG2E)
             correction = tl.exp2((row_max - new_max) * LOG2E)
-            row_sum = row_sum + tl.sum(weights * sums, axis=1)
+            row_sum = row_sum * correction + tl.sum(weights * sums, axis=1)
             row_max = new_max
             if TRAINING:
                 pointers = values + part.to(tl.int64)[:, :, None] * BLOCK_E + column[None, :, :]
@@ -342,12 +343,12 @@ TILES = {
         _INTERPRETER,
         half={
             80: (_config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2), _config(128, 32, 2, 4, 3)),
-            90: [
+            90: (
                 _config(128, 128, 1, 8, 3),
                 _config(128, 64, 2, 4, 3),
                 _config(64, 128, 2, 4, 2),
                 _config(64, 64, 2, 4, 3),
-            ],
+            ),
             100: (_config(128, 64, 1, 8, 3), _config(64, 64, 2, 4, 3), _config(128, 64, 1, 8, 2)),
         },
         single=dict.fromkeys(ARCHITECTURES, (_config(64, 32, 1, 8, 2), _config(32, 32, 2, 4, 2))),
@@ -371,7 +372,7 @@ def _merge_config(rows: int, words: int, per_sm: int, num_warps: int) -> Config:
 
 def _merge_tiles(*configs: Config) -> Tiles:
     tables = dict.fromkeys(ARCHITECTURES, configs)
-    return Tiles(Config({"ROWS": 16, "PARTS": 4, "WORDS": 16, "PER_SM": 1}), tables, tables)
+    return Tiles(Config({"ROWS": 16, "PARTS": 2, "WORDS": 16, "PER_SM": 1}), tables, tables)
 
 
 MERGE_TILES = {

@@ -64,6 +64,7 @@ def segment_sum_kernel(
     stride_rows,
     stride_out,
     ACCUMULATE: tl.constexpr,
+    SPARSE: tl.constexpr,  # whether a sum goes to its segment's first sorted position, in place of its id
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -88,8 +89,9 @@ def segment_sum_kernel(
     first = (id >= 0) & ((id != before) | (position == chunk * CHUNK))
     came = id == last_of_previous
     goes_on = id == first_of_next
+    target = position if SPARSE else id
     _write(
-        out + id.to(tl.int64)[:, None] * stride_out + column[None, :],
+        out + target.to(tl.int64)[:, None] * stride_out + column[None, :],
         sums,
         (first & ~came & ~goes_on)[:, None] & column_inside,
         ACCUMULATE,
@@ -112,6 +114,7 @@ def segment_join_kernel(
     columns,
     stride_out,
     ACCUMULATE: tl.constexpr,
+    SPARSE: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -134,7 +137,11 @@ def segment_join_kernel(
             total += tl.sum(tl.load(piece, mask=mine[:, None] & column_inside[None, :], other=0.0), axis=0)
             found = tl.sum(mine.to(tl.int32), axis=0)
             following += PIECES
-        _write(out + id.to(tl.int64) * stride_out + column, total, column_inside, ACCUMULATE)
+        target = id
+        if SPARSE:
+            position = chunk * CHUNK + tl.arange(0, CHUNK)
+            target = tl.min(tl.where(tl.load(ids + position) == id, position, end), axis=0)
+        _write(out + target.to(tl.int64) * stride_out + column, total, column_inside, ACCUMULATE)
 
 
 def segment_sum(
@@ -159,13 +166,32 @@ def segment_sum(
     Returns:
         `out`, summed in float32 and rounded once; zero, or as it was, where an id does not occur.
     """
-    count, columns = rows.shape
     if out is None:
-        out = torch.zeros(size, columns, dtype=rows.dtype, device=rows.device)
+        out = torch.zeros(size, rows.shape[1], dtype=rows.dtype, device=rows.device)
     elif not accumulate:
         out.zero_()
+    if rows.numel() > 0:
+        _sum(ids, rows, size, out, accumulate, skip, sparse=False)
+    return out
+
+
+def sparse_segment_sum(ids: Tensor, rows: Tensor, size: int, *, skip: int | None = None) -> tuple[Tensor, Tensor]:
+    """The same, without a tensor of `size` rows.
+
+    Returns:
+        the ids, sorted, int64 [count], and [count, columns]: the sum of an id's rows where it comes first, zero where
+        it comes again. Ids that are left out are 0, with zeros.
+    """
+    sums = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
     if rows.numel() == 0:
-        return out
+        return ids.to(torch.int64), sums
+    keys = _sum(ids, rows, size, sums, False, skip, sparse=True)
+    return keys.to(torch.int64).clamp_(min=0), sums
+
+
+def _sum(ids: Tensor, rows: Tensor, size: int, out: Tensor, accumulate: bool, skip: int | None, sparse: bool) -> Tensor:
+    """Launches the kernels; the sorted ids, -1 in place of those that are left out."""
+    count, columns = rows.shape
     keys = torch.empty(count, dtype=torch.int16 if size <= 2**15 else torch.int32, device=ids.device)
     launch(
         sort_key_kernel,
@@ -197,8 +223,9 @@ def segment_sum(
         out.stride(0),
         tiles=SUM_TILES,
         dtype=rows.dtype,
-        key=(columns,),
+        key=(columns, sparse),
         ACCUMULATE=accumulate,
+        SPARSE=sparse,
         CHUNK=chunk,
     )
     launch(
@@ -213,8 +240,9 @@ def segment_sum(
         out.stride(0),
         tiles=JOIN_TILES,
         dtype=pieces.dtype,
-        key=(columns,),
+        key=(columns, sparse),
         ACCUMULATE=accumulate,
+        SPARSE=sparse,
         CHUNK=chunk,
     )
-    return out
+    return keys

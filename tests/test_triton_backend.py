@@ -2,6 +2,7 @@
 activation checkpointing, several processes."""
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,34 @@ def test_autocast(forced, device):
     actual = gradients(model, loss)
     assert all(grad.dtype == torch.float32 for grad in actual.values())
     assert_close(actual, expected, 0.05)
+
+
+def test_the_word_table_has_one_gradient(forced, device, monkeypatch):
+    """The loss's dense one, to which the embeddings' is added where it lies: in the same backward only."""
+    model, batch = make_model().to(device), make_batch(device)
+    word = model.albert.embeddings.word_embeddings.weight
+    backend = triton_backend.load()
+    calls = []
+
+    def counted(name: str) -> Any:
+        return lambda *arguments: (calls.append(name), backend[name](*arguments))[1]
+
+    names = ("embed_layer_norm_backward", "embed_layer_norm_backward_sparse")
+    functions = {**backend, **{name: counted(name) for name in names}}
+    replaced = dataclasses.replace(backends.TRITON, load=lambda: functions)
+    monkeypatch.setattr(backends, "BACKENDS", [replaced, backends.REFERENCE])
+    loss = model(**batch).loss
+    shared = gradients(model, loss)
+    assert calls == ["embed_layer_norm_backward_sparse"]
+    assert word.grad is not None
+    assert word.grad.layout == torch.strided
+    # Without the loss on the table the gradient is dense, though another backward had one.
+    model.zero_grad()
+    model.albert(batch["input_ids"], batch["attention_mask"]).last_hidden_state.sum().backward()
+    assert calls[1:] == ["embed_layer_norm_backward"]
+    assert word.grad.layout == torch.strided
+    del functions["embed_layer_norm_backward_sparse"]
+    assert_close(shared, gradients(model, model(**batch).loss), 1e-5)
 
 
 def _one_of_two(rank: int, folder: str, seed: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from albert_fast import triton_backend
-from albert_fast.kernels.segment_sum import segment_sum
+from albert_fast.kernels.segment_sum import segment_sum, sparse_segment_sum
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,15 @@ def test_no_rows(device):
     ones = torch.ones(3, 4, device=device)
     assert segment_sum(empty, torch.zeros(0, 4, device=device), 3, out=ones, accumulate=True).all()
     assert not segment_sum(empty, torch.zeros(0, 4, device=device), 3, out=ones).any()
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 200])
+def test_sparse_sums_lie_where_an_id_comes_first(count, device):
+    ids = torch.randint(-1, 7, (count,), device=device) ** 2 % 30
+    rows = torch.randn(count, 20, device=device)
+    found, sums = sparse_segment_sum(ids, rows, 30, skip=4)
+    dense = segment_sum(ids, rows, 30, skip=4)
+    assert torch.equal(torch.zeros_like(dense).index_add_(0, found, sums), dense)
+    assert (found[1:] >= found[:-1]).all()
+    again = torch.cat([found[:1] < 0, found[1:] == found[:-1]])
+    assert not sums[again & (found > 0)].any()
