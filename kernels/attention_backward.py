@@ -55,7 +55,7 @@ def _padded_begin(cu_seqlens, row):
 
 @triton.jit
 def _exponent(logsumexp, begin, queries, length):
-    """What is subtracted from the scores in units of ln 2; infinity, for P = 0, without a query or a key that it sees."""
+    """What is subtracted from the scores in units of ln 2: infinity, for P = 0, where a query sees no key or is none."""
     loaded = tl.load(logsumexp + begin + queries, mask=queries < length, other=float("-inf"))
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
@@ -114,13 +114,13 @@ def grad_query_kernel(
     head = tl.program_id(0) - slot * heads
     head64 = head.to(tl.int64)
     grad_query += head64 * grad_query_stride_head
-    beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_M)
-    if beyond < tokens_q:
-        store_zeros(grad_query, beyond, tokens_q, grad_query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
 
     row, tile = tile_of(cu_seqlens_q, slot, tokens_q, batch, max_seqlen_q, BLOCK_M)
     begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
     begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
+    beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_M)
+    if beyond < tokens_q:
+        store_zeros(grad_query, beyond, tokens_q, grad_query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
     first_q = tile * BLOCK_M
     if first_q >= length_q:
         return
@@ -255,6 +255,13 @@ def grad_key_value_kernel(
     head64 = head.to(tl.int64)
     grad_key += head64 * grad_key_stride_head
     grad_value += head64 * grad_value_stride_head
+    if WHOLE_ROWS:
+        row = slot
+        tile = 0
+    else:
+        row, tile = tile_of(cu_seqlens_k, slot, tokens_k, batch, max_seqlen_k, BLOCK_N)
+    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
+    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
     beyond = first_beyond(cu_seqlens_k, slot, tokens_k, batch, BLOCK_N)
     if beyond < tokens_k:
         store_zeros(grad_key, beyond, tokens_k, grad_key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -265,12 +272,6 @@ def grad_key_value_kernel(
         beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_N)
         if beyond < tokens_q:
             store_zeros(grad_query, beyond, tokens_q, grad_query_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
-        row = slot
-        tile = 0
-    else:
-        row, tile = tile_of(cu_seqlens_k, slot, tokens_k, batch, max_seqlen_k, BLOCK_N)
-    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
-    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
     first_k = tile * BLOCK_N
     # The gradient of a query is zero where its row has no keys.
     if first_k >= length_k and not (WHOLE_ROWS and length_q > 0):

@@ -68,7 +68,7 @@ def attention_kernel(
     bias_stride_head,
     bias_stride_q,
     bias_stride_k,
-    scale,
+    scale,  # not negative
     site,
     keep_limit,
     dropout_scale,
@@ -86,15 +86,14 @@ def attention_kernel(
     output += head64 * output_stride_head
     logsumexp += head64 * tokens_q
 
+    row, tile = tile_of(cu_seqlens_q, slot, tokens_q, batch, max_seqlen_q, BLOCK_M)
+    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
+    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
     beyond = first_beyond(cu_seqlens_q, slot, tokens_q, batch, BLOCK_M)
     if beyond < tokens_q:
         store_zeros(output, beyond, tokens_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
         tokens = beyond + tl.arange(0, BLOCK_M)
         tl.store(logsumexp + tokens, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=tokens < tokens_q)
-
-    row, tile = tile_of(cu_seqlens_q, slot, tokens_q, batch, max_seqlen_q, BLOCK_M)
-    begin_q, length_q = row_range(cu_seqlens_q, row, tokens_q, batch, max_seqlen_q)
-    begin_k, length_k = row_range(cu_seqlens_k, row, tokens_k, batch, max_seqlen_k)
     first_q = tile * BLOCK_M
     if first_q >= length_q:
         return
@@ -105,10 +104,8 @@ def attention_kernel(
     if bias is not None:
         bias += row.to(tl.int64) * bias_stride_row + head64 * bias_stride_head
     q = load_tile(query, begin_q, first_q, length_q, query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
-    # A scale below 0 as one above, and 0 as next to nothing: the largest score is then that of the largest product,
-    # and -inf stays what it is.
-    q = tl.where(scale < 0.0, -q, q)
-    scale = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+    # Next to nothing in place of 0, which would make NaN of -inf.
+    scale = tl.maximum(scale * LOG2E, 1e-30)
 
     # All queries of the tile see the keys before `full`, some see those before `end`.
     full = length_k
@@ -224,7 +221,8 @@ def attention(
     output = query.new_empty(tokens_q, heads * head_dim) if out is None else out
     if logsumexp is None:
         logsumexp = query.new_empty(heads, tokens_q, dtype=torch.float32)
-    query, key, value = rows(query), rows(key), rows(value)
+    # The kernel takes the largest score to be that of the largest product.
+    query, key, value = rows(-query if options.scale < 0.0 else query), rows(key), rows(value)
     launch(
         attention_kernel,
         lambda blocks: (heads * slots(tokens_q, batch, max_seqlen_q, blocks["BLOCK_M"]),),
@@ -249,7 +247,7 @@ def attention(
         output.stride(0),
         head_dim,
         *bias_layout(options.bias),
-        options.scale,
+        abs(options.scale),
         options.site,
         dropout.limit(options.dropout_p),
         1.0 / (1.0 - options.dropout_p),
