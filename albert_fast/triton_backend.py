@@ -1,7 +1,8 @@
 """The `triton` backend: the operations in terms of the kernels in kernels/.
 
-On NVIDIA GPUs of compute capability 8.0 and later. With TRITON_INTERPRET=1 Triton's interpreter runs the same kernels
-on CPU tensors, slowly, for tests; without a GPU alone, for whether a kernel is interpreted is decided once.
+On NVIDIA GPUs of compute capability 8.0 and later. With TRITON_INTERPRET=1 and ALBERT_FAST_BACKEND=triton Triton's
+interpreter runs the same kernels on CPU tensors, slowly, for tests. Which of the two is decided once, when a kernel is
+imported.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ def unavailable() -> str | None:
     if not _INSTALLED:
         return "Triton is not installed: pip install triton (Linux)"
     if not interpreted() and not torch.cuda.is_available():
-        return "PyTorch finds no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+        return "PyTorch finds no GPU; for tests TRITON_INTERPRET=1 runs the kernels on the CPU"
     return None
 
 
 def declines(call: backends.Call) -> str | None:
+    if interpreted() and os.environ.get("ALBERT_FAST_BACKEND") != "triton":
+        return "Triton's interpreter is for tests, and serves where ALBERT_FAST_BACKEND=triton asks for it"
     device = "cpu" if interpreted() else "cuda"
     if call.device.type != device:
         return f"it serves {device} tensors"

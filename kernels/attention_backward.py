@@ -13,6 +13,8 @@ Precision: P, dS and all sums in float32; P and dS are rounded to the inputs' dt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -48,14 +50,14 @@ PADDING = tl.constexpr(128)
 
 
 @triton.jit
-def _padded_begin(cu_seqlens, row):
-    """Of a row in `exponent` and `delta`: as `tile_of` counts slots of PADDING."""
-    return (tl.load(cu_seqlens + row) // PADDING + row) * PADDING
+def _padded_begin(begin, row):
+    """Of a row in `exponent` and `delta`: as `tile_of` counts slots, of PADDING tokens."""
+    return (begin // PADDING + row) * PADDING
 
 
 @triton.jit
 def _exponent(logsumexp, begin, queries, length):
-    """What is subtracted from the scores in units of ln 2: infinity, for P = 0, where a query sees no key or is none."""
+    """What is subtracted from the scores, in units of ln 2: infinity, for P = 0, where no query sees a key."""
     loaded = tl.load(logsumexp + begin + queries, mask=queries < length, other=float("-inf"))
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
@@ -138,7 +140,7 @@ def grad_query_kernel(
     row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), axis=1)  # [M]
     queries = first_q + tl.arange(0, BLOCK_M)
     row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
-    padded_begin = head64 * padded_q + _padded_begin(cu_seqlens_q, row)
+    padded_begin = head64 * padded_q + _padded_begin(begin_q, row)
     tl.store(exponent + padded_begin + queries, row_exponent)
     tl.store(delta + padded_begin + queries, row_delta)
     if first_q + BLOCK_M >= length_q:
@@ -287,7 +289,7 @@ def grad_key_value_kernel(
     v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first_k + tl.arange(0, BLOCK_N)
     if not WHOLE_ROWS:
-        padded_begin = head64 * padded_q + _padded_begin(cu_seqlens_q, row)
+        padded_begin = head64 * padded_q + _padded_begin(begin_q, row)
         exponent += padded_begin
         delta += padded_begin
 
@@ -365,28 +367,28 @@ GRAD_QUERY_TILES = {
         sm_80=[(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
         sm_90=[(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
         sm_100=[(128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2)],
-        single=[(32, 32, 4, 2), (16, 16, 4, 1)],
+        single=[(32, 64, 8, 2), (32, 32, 4, 2)],
     ),
     (64, True): tiles(
         (64, 64),
         sm_80=[(64, 32, 4, 2), (128, 32, 8, 2)],
         sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
         sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
-        single=[(32, 32, 4, 2), (16, 16, 4, 1)],
+        single=[(32, 64, 8, 2), (32, 32, 4, 2)],
     ),
     (128, False): tiles(
         (64, 64),
         sm_80=[(64, 32, 4, 2), (64, 64, 4, 2)],
         sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
         sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
-        single=[(32, 32, 4, 2)],
+        single=[(32, 32, 4, 2), (32, 64, 8, 2)],
     ),
     (128, True): tiles(
         (64, 64),
         sm_80=[(64, 32, 4, 2), (64, 32, 8, 2)],
         sm_90=[(128, 32, 8, 2), (64, 32, 4, 2)],
-        sm_100=[(128, 32, 8, 2), (64, 32, 4, 2)],
-        single=[(32, 32, 4, 2)],
+        sm_100=[(64, 32, 4, 2), (128, 32, 8, 2)],
+        single=[(32, 32, 4, 2), (32, 64, 8, 2)],
     ),
 }
 GRAD_KEY_VALUE_TILES = {
@@ -395,66 +397,61 @@ GRAD_KEY_VALUE_TILES = {
         sm_80=[(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 1)],
         sm_90=[(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)],
         sm_100=[(64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)],
-        single=[(16, 32, 4, 1), (16, 16, 4, 1)],
+        single=[(32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
     ),
     (64, True): tiles(
         (64, 64),
         sm_80=[(16, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
         sm_90=[(32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)],
         sm_100=[(64, 64, 8, 2), (64, 128, 8, 2)],
-        single=[(16, 32, 4, 1), (16, 16, 4, 1)],
+        single=[(32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
     ),
     (128, False): tiles(
         (64, 64),
         sm_80=[(32, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)],
         sm_90=[(32, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)],
         sm_100=[(64, 64, 8, 2), (64, 128, 8, 2)],
-        single=[(16, 32, 4, 1)],
+        single=[(32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
     ),
     (128, True): tiles(
         (64, 64),
         sm_80=[(16, 64, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)],
         sm_90=[(16, 128, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
         sm_100=[(32, 64, 8, 2), (64, 64, 8, 2)],
-        single=[(16, 32, 4, 1)],
+        single=[(32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
     ),
 }
-# By BLOCK_N, the most keys of a row, too. Where there is none, or a bias, the two other kernels serve.
+# Of grad_key_value_kernel with WHOLE_ROWS: in half precision, without a bias; by BLOCK_N, the most keys of a row, too.
 WHOLE_ROWS_TILES = {
     (64, False, 64): tiles(
         (64, 64),
         sm_80=[(32, 64, 4, 2)],
         sm_90=[(32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1)],
         sm_100=[(64, 64, 8, 2), (64, 64, 4, 2)],
-        single=[(16, 64, 8, 1)],
     ),
     (64, True, 64): tiles(
         (64, 64),
         sm_80=[(32, 64, 8, 2), (16, 64, 4, 2)],
         sm_90=[(32, 64, 4, 2), (32, 64, 8, 2)],
         sm_100=[(64, 64, 8, 2), (32, 64, 8, 2)],
-        single=[(16, 64, 8, 1)],
     ),
     (64, False, 128): tiles(
         (64, 128),
         sm_80=[(32, 128, 8, 2)],
         sm_90=[(64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
         sm_100=[(64, 128, 8, 2)],
-        single=[(16, 128, 8, 1)],
     ),
     (64, True, 128): tiles(
         (64, 128),
         sm_80=[(16, 128, 8, 2), (32, 128, 8, 2)],
         sm_90=[(32, 128, 8, 2), (64, 128, 8, 2)],
         sm_100=[(32, 128, 8, 2), (64, 128, 8, 2)],
-        single=[(16, 128, 8, 1)],
     ),
     (128, False, 64): tiles(
         (64, 64),
         sm_80=[(32, 64, 8, 2)],
         sm_90=[(32, 64, 8, 2)],
         sm_100=[(32, 64, 8, 2)],
-        single=[(16, 64, 8, 1)],
     ),
 }
 
@@ -494,7 +491,7 @@ def attention_backward(
     masks = (options.bias, options.seed if options.dropout_p > 0.0 else None)
     constants = {
         "dtype": query.dtype,
-        "key": (next_power_of_2(max_seqlen_q), next_power_of_2(max_seqlen_k)),
+        "key": tuple(map(next_power_of_2, (tokens_q, max_seqlen_q, max_seqlen_k))),
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "CAUSAL": options.causal,
@@ -512,7 +509,7 @@ def attention_backward(
     )
     table = table_key(head_dim, options)
     whole_tiles = None
-    if options.bias is None and max_seqlen_q <= 4 * 128:
+    if options.bias is None and query.dtype.itemsize == 2 and max_seqlen_q <= 4 * 128:
         whole_tiles = WHOLE_ROWS_TILES.get((*table, max(64, next_power_of_2(max_seqlen_k))))
     whole = whole_tiles is not None
     exponent = delta = None
@@ -539,7 +536,7 @@ def attention_backward(
             **constants,
         )
 
-    def grid(blocks):
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
         if not whole:
             return (heads * slots(tokens_k, batch, max_seqlen_k, blocks["BLOCK_N"]),)
         return (heads * max(batch, triton.cdiv(max(tokens_q, tokens_k), blocks["BLOCK_N"])),)

@@ -176,14 +176,14 @@ FORWARD_TILES = {
         sm_80=[(128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
         sm_90=[(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3)],
         sm_100=[(128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
-        single=[(64, 32, 4, 2), (32, 32, 4, 2)],
+        single=[(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
     ),
     (64, True): tiles(
         (64, 64),
         sm_80=[(128, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
         sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
         sm_100=[(128, 64, 8, 2), (128, 32, 4, 2)],
-        single=[(64, 32, 4, 2), (32, 32, 4, 2)],
+        single=[(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
     ),
     (128, False): tiles(
         (64, 64),
@@ -197,7 +197,7 @@ FORWARD_TILES = {
         sm_80=[(128, 32, 8, 2), (64, 32, 4, 2)],
         sm_90=[(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
         sm_100=[(128, 32, 8, 2), (128, 64, 8, 2)],
-        single=[(32, 32, 4, 2)],
+        single=[(32, 32, 4, 2), (64, 32, 8, 2)],
     ),
 }
 
@@ -253,7 +253,7 @@ def attention(
         1.0 / (1.0 - options.dropout_p),
         tiles=FORWARD_TILES[table_key(head_dim, options)],
         dtype=query.dtype,
-        key=(next_power_of_2(max_seqlen_q), next_power_of_2(max_seqlen_k)),
+        key=tuple(map(next_power_of_2, (tokens_q, max_seqlen_q, max_seqlen_k))),
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         CAUSAL=options.causal,

@@ -18,7 +18,6 @@ from albert_fast.ops.attention import AttentionOptions
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-
 Cut = tuple[int, int, int, int]  # BLOCK_M queries, BLOCK_N keys, warps, stages
 
 
@@ -28,16 +27,20 @@ def tiles(
     sm_80: Sequence[Cut],
     sm_90: Sequence[Cut],
     sm_100: Sequence[Cut],
-    single: Sequence[Cut],
+    single: Sequence[Cut] = (),
 ) -> Tiles:
-    """A table; float32 has the same tiles everywhere: its products run on the FMA units, small ones do not spill."""
+    """A table. `single` is for float32, whose products run on the FMA units, on every architecture."""
 
     def configs(cuts: Sequence[Cut]) -> list[Config]:
         return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in cuts]
 
-    half = {80: configs(sm_80), 90: configs(sm_90), 100: configs(sm_100)}
-    block_m, block_n = interpreter
-    return Tiles(Config({"BLOCK_M": block_m, "BLOCK_N": block_n}), half, dict.fromkeys(half, configs(single)))
+    # On 10.0 Triton 3.6 computes products of 64 rows and more in tf32, whatever it is asked for.
+    small = [cut for cut in single if max(cut[:2]) < 64]
+    return Tiles(
+        Config({"BLOCK_M": interpreter[0], "BLOCK_N": interpreter[1]}),
+        half={80: configs(sm_80), 90: configs(sm_90), 100: configs(sm_100)},
+        single={80: configs(single), 90: configs(single), 100: configs(small)},
+    )
 
 
 def table_key(head_dim: int, options: AttentionOptions) -> tuple[int, bool]:
@@ -80,8 +83,8 @@ def tile_of(cu_seqlens, slot, tokens, batch, max_seqlen, BLOCK: tl.constexpr):
             candidates = first + tl.arange(0, 512)
             begins = tl.load(cu_seqlens + candidates, mask=candidates < batch, other=0) // BLOCK + candidates
             row += tl.sum(((begins <= slot) & (candidates < batch)).to(tl.int32))
-        row = tl.maximum(row, 0)
-        tile = slot - (tl.load(cu_seqlens + row) // BLOCK + row)
+        row = tl.maximum(row, 0)  # only offsets that are none have no such row, or begin later
+        tile = tl.maximum(slot - (tl.load(cu_seqlens + row) // BLOCK + row), 0)
     return row, tile
 
 

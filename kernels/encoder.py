@@ -141,7 +141,8 @@ class _Loop:
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, 3 hidden] -> query, key and value [tokens, heads, head_dim], views."""
-        query, key, value = qkv.view(self.tokens, 3, self.options.num_heads, -1).unbind(1)
+        heads = self.options.num_heads
+        query, key, value = qkv.view(self.tokens, 3, heads, self.width // heads).unbind(1)
         return query, key, value
 
     def attention_options(self, index: int):  # type: ignore[no-untyped-def]

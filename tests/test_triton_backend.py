@@ -55,6 +55,9 @@ def test_old_gpus(monkeypatch):
 def test_in_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_backend.unavailable() is None
+    monkeypatch.delenv("ALBERT_FAST_BACKEND", raising=False)
+    assert "ALBERT_FAST_BACKEND=triton asks for it" in str(triton_backend.declines(call(device=CPU)))
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
     assert triton_backend.declines(call(device=CPU, dtype=torch.float16)) is None
     assert "interpreter computes bfloat16 wrongly" in str(triton_backend.declines(call(device=CPU)))
     assert triton_backend.declines(call(dtype=torch.float16)) == "it serves cpu tensors"
@@ -73,10 +76,10 @@ def test_why_it_is_unavailable(monkeypatch):
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
     reason = backends.refusal(backends.TRITON, Call("encoder", device, torch.float32, head_dim=16))
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
 
 
 def make_model(dropout: float = 0.0, **changed: Any) -> AlbertForMaskedLM:

@@ -34,10 +34,10 @@ def parameters(layers: int = 1, width: int = WIDTH, intermediate: int = INTERMED
 
 @pytest.fixture(autouse=True)
 def triton_alone(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
     reason = backends.refusal(backends.TRITON, backends.Call("encoder", device, torch.float32, head_dim=16))
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
 
 
 def gradients(
