@@ -26,7 +26,7 @@ from albert_fast.kernels.attention_tile import (
     add_bias,
     bias_layout,
     first_beyond,
-    kept,
+    keep_tile,
     load_tile,
     row_range,
     rows,
@@ -186,7 +186,7 @@ def grad_query_kernel(
             probabilities = tl.where(inside, probabilities, 0.0)
         grad_probabilities = tl.dot(grad_o, tl.trans(v), input_precision=PRECISION)  # [M, N]
         if seed is not None:
-            keep = kept(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
+            keep = keep_tile(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
             grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
         grad_scores = probabilities * (grad_probabilities - row_delta[:, None])
         accumulator = tl.dot(grad_scores.to(k.dtype), k, accumulator, input_precision=PRECISION)
@@ -337,7 +337,7 @@ def grad_key_value_kernel(
         grad_probabilities = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)  # [N, M]
         dropped = probabilities
         if seed is not None:
-            keep = kept(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
+            keep = keep_tile(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
             keep = tl.trans(keep)
             dropped = tl.where(keep, probabilities, 0.0)
             grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
@@ -374,7 +374,7 @@ GRAD_QUERY_TILES = {
         sm_80=[(64, 32, 4, 2), (128, 32, 8, 2)],
         sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
         sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
-        single=[(32, 64, 8, 2), (32, 32, 4, 2)],
+        single=[(32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)],
     ),
     (128, False): tiles(
         (64, 64),

@@ -1,9 +1,9 @@
 """Attention, forward: a program holds a tile of queries and goes over the keys of their row, with the online softmax
 (Dao et al., arXiv 2205.14135, algorithm 1; 2307.08691, section 3).
 
-Full tiles of keys need no masks; what is left of the row, or of what a causal query sees, goes through a second loop
-with them. Precision: statistics, probabilities and the sum over keys in float32; the probabilities are rounded to the
-dtype of `value` before their product with it.
+Only a tile with keys beyond the row, or beyond what a causal query sees, is masked. Precision: statistics,
+probabilities and the sum over keys in float32; the probabilities are rounded to the dtype of `value` before their
+product with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from albert_fast.kernels.attention_tile import (
     add_bias,
     bias_layout,
     first_beyond,
-    kept,
+    keep_tile,
     load_tile,
     row_range,
     rows,
@@ -152,7 +152,7 @@ def attention_kernel(
         row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
         row_max = new_max
         if seed is not None:
-            keep = kept(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
+            keep = keep_tile(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
             probabilities = tl.where(keep, probabilities, 0.0)
         v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
         accumulator = accumulator * correction[:, None]
@@ -183,7 +183,8 @@ FORWARD_TILES = {
         sm_80=[(128, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
         sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
         sm_100=[(128, 64, 8, 2), (128, 32, 4, 2)],
-        single=[(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
+        single=[(64, 64, 8, 2), (32, 32, 4, 2)],
+        single_80=[(32, 32, 4, 2)],
     ),
     (128, False): tiles(
         (64, 64),

@@ -28,8 +28,10 @@ def tiles(
     sm_90: Sequence[Cut],
     sm_100: Sequence[Cut],
     single: Sequence[Cut] = (),
+    single_80: Sequence[Cut] = (),
 ) -> Tiles:
-    """A table. `single` is for float32, whose products run on the FMA units, on every architecture."""
+    """A table. `single` is for float32, whose products run on the FMA units, on every architecture; `single_80` on 8.0
+    in its place."""
 
     def configs(cuts: Sequence[Cut]) -> list[Config]:
         return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in cuts]
@@ -39,7 +41,7 @@ def tiles(
     return Tiles(
         Config({"BLOCK_M": interpreter[0], "BLOCK_N": interpreter[1]}),
         half={80: configs(sm_80), 90: configs(sm_90), 100: configs(sm_100)},
-        single={80: configs(single), 90: configs(single), 100: configs(small)},
+        single={80: configs(single_80 or single), 90: configs(single), 100: configs(small)},
     )
 
 
@@ -172,7 +174,7 @@ def visible(queries, keys, length_q, length_k, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def kept(seed, site, outer, first_q, first_k, keep_limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_tile(seed, site, outer, first_q, first_k, keep_limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which probabilities [BLOCK_M, BLOCK_N] the dropout keeps; first_k is a multiple of 4."""
     queries = first_q + tl.arange(0, BLOCK_M)
     groups = first_k // 4 + tl.arange(0, BLOCK_N // 4)

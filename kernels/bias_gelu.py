@@ -72,8 +72,9 @@ def gelu_kernel(
     COLUMNS: tl.constexpr,
 ):
     # Programs that follow one another share rows: pages of memory are read in order.
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    # Rows on the first axis: the others hold 65535 programs.
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column_inside = column < columns
     mask = (row < tokens) & column_inside[None, :]
     value = tl.load(x + row * stride_x + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
@@ -135,7 +136,7 @@ def gelu(x: Tensor, bias: Tensor | None, form: str, out: Tensor | None = None) -
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     launch(
         gelu_kernel,
-        lambda blocks: (triton.cdiv(columns, blocks["COLUMNS"]), triton.cdiv(tokens, blocks["ROWS"])),
+        lambda blocks: (triton.cdiv(tokens, blocks["ROWS"]), triton.cdiv(columns, blocks["COLUMNS"])),
         x,
         bias,
         out,
