@@ -75,7 +75,8 @@ void tile_kernel(const void* row_units, const void* panel, long steps, void* til
 #pragma GCC unroll 2
         for (int c = 0; c < kColumns; ++c) {
           column[c] = load(b + s * kPanel + c * kLanes);
-          _mm_prefetch(reinterpret_cast<const char*>(b + (s + kAhead) * kPanel + c * kLanes), _MM_HINT_T0);
+          if (c * kLanes % kLine == 0)
+            _mm_prefetch(reinterpret_cast<const char*>(b + (s + kAhead) * kPanel + c * kLanes), _MM_HINT_T0);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {

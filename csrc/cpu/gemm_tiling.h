@@ -7,10 +7,14 @@
 
 namespace albert::ALBERT_ISA {
 
-// A group of panels stays in L2 while the blocks of a chunk pass by: a fraction of a common L2, 256 KB to 2 MB.
-constexpr int64_t kGroupBytes = 256 << 10;
-// A chunk of packed rows is read once for each group, from L2 or L3. Larger chunks read the weight less often.
-constexpr int64_t kChunkBytes = 1024 << 10;
+// A group of panels stays in L2 while the blocks of a chunk pass by. A chunk of packed rows is read once for each group,
+// from L2 or L3; larger chunks read the weight less often. Cores with AVX-512 have 1 to 2 MB of L2, those without it
+// 256 to 512 KB.
+#ifdef __AVX512F__
+constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10;
+#else
+constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
+#endif
 constexpr int64_t kMostChunkRows = 32 * kMaxRows;
 // Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
 // are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
