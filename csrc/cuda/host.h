@@ -1,0 +1,270 @@
+// The machine of device.h on a CPU: every thread of every block is a fibre, all on one thread of the processor, in an
+// order that is drawn anew at each step. Barriers are barriers, a block's shared memory is memory that holds NaN at
+// first, a warp's matrix instruction is a loop once its 32 lanes are there. For tests: it finds what is wrong in a
+// kernel's logic (a missing barrier, a wrong index, reads of what nobody wrote), not what only a GPU's memory model shows.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define ALBERT_DEVICE inline
+#define ALBERT_BOTH inline
+#define ALBERT_KERNEL inline
+#define ALBERT_ARGUMENT const
+
+namespace albert {
+namespace host {
+
+struct Fibre {
+  ucontext_t start;
+  jmp_buf here;
+  std::unique_ptr<char[]> stack;
+  bool started = false, done = false;
+  int block, thread;
+};
+
+// Fibres that wait for `count` of them.
+struct Barrier {
+  int count = 0;
+  std::vector<Fibre*> waiting;
+};
+
+struct Warp {
+  Barrier barrier;
+  float shuffled[kWarp];
+  uint32_t a[kWarp][4], b[kWarp][2];
+  float sums[kWarp][4];
+};
+
+struct Machine {
+  int blocks = 0, cluster = 1;
+  size_t shared_bytes = 0;
+  std::vector<char> shared;
+  std::vector<Fibre> fibres;
+  std::vector<Fibre*> ready;
+  std::vector<Barrier> of_block, of_cluster;
+  std::vector<Warp> warps;
+  Fibre* running = nullptr;
+  jmp_buf scheduler;
+  std::function<void()> body;
+  std::mt19937 random;
+  std::string error;
+};
+
+inline Machine*& machine() {
+  static Machine* current = nullptr;
+  return current;
+}
+inline Fibre& self() { return *machine()->running; }
+inline char* shared_of(int block) {
+  Machine& m = *machine();
+  // 128 bytes apart from its neighbours, which hold NaN, too.
+  return m.shared.data() + (128 - reinterpret_cast<uintptr_t>(m.shared.data()) % 128) + block * (m.shared_bytes + 128);
+}
+
+inline void switch_to_scheduler() {
+  if (!_setjmp(self().here)) _longjmp(machine()->scheduler, 1);
+}
+inline void yield() {
+  machine()->ready.push_back(&self());
+  switch_to_scheduler();
+}
+inline void arrive(Barrier& barrier) {
+  Machine& m = *machine();
+  if (static_cast<int>(barrier.waiting.size()) + 1 == barrier.count) {
+    m.ready.insert(m.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+    return yield();
+  }
+  barrier.waiting.push_back(&self());
+  switch_to_scheduler();
+}
+
+// An exception cannot leave a fibre: it ends, and run() throws.
+[[noreturn]] inline void fail(const char* what) {
+  machine()->error = what;
+  _longjmp(machine()->scheduler, 1);
+}
+
+inline void enter() {
+  machine()->body();
+  self().done = true;
+  _longjmp(machine()->scheduler, 1);
+}
+
+inline void prepare(Machine& m) {
+  constexpr size_t stack_bytes = 64 << 10;
+  m.shared.assign(static_cast<size_t>(m.blocks) * (m.shared_bytes + 128) + 256, static_cast<char>(0xff));
+  m.of_block.resize(static_cast<size_t>(m.blocks));
+  m.of_cluster.resize(static_cast<size_t>(m.blocks / m.cluster));
+  m.warps.resize(static_cast<size_t>(m.blocks) * kWarps);
+  for (Barrier& barrier : m.of_block) barrier.count = kThreads;
+  for (Barrier& barrier : m.of_cluster) barrier.count = kThreads * m.cluster;
+  for (Warp& warp : m.warps) warp.barrier.count = kWarp;
+  m.fibres.resize(static_cast<size_t>(m.blocks) * kThreads);
+  for (size_t i = 0; i < m.fibres.size(); ++i) {
+    Fibre& fibre = m.fibres[i];
+    fibre.block = static_cast<int>(i) / kThreads;
+    fibre.thread = static_cast<int>(i) % kThreads;
+    fibre.stack.reset(new char[stack_bytes]);
+    getcontext(&fibre.start);
+    fibre.start.uc_stack.ss_sp = fibre.stack.get();
+    fibre.start.uc_stack.ss_size = stack_bytes;
+    fibre.start.uc_link = nullptr;
+    makecontext(&fibre.start, enter, 0);
+    m.ready.push_back(&fibre);
+  }
+}
+
+inline void schedule(Machine& m) {
+  while (!m.ready.empty() && m.error.empty()) {
+    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
+    m.running = m.ready.back();
+    m.ready.pop_back();
+    if (_setjmp(m.scheduler)) continue;
+    if (m.running->started) _longjmp(m.running->here, 1);
+    m.running->started = true;
+    setcontext(&m.running->start);
+  }
+}
+
+// Runs `body` as `blocks` blocks in clusters of `cluster`, with so much shared memory each.
+inline void run(int blocks, int cluster, size_t shared_bytes, unsigned seed, std::function<void()> body) {
+  Machine m{};
+  m.blocks = blocks;
+  m.cluster = cluster;
+  m.shared_bytes = (shared_bytes + 127) / 128 * 128;
+  m.body = std::move(body);
+  m.random.seed(seed);
+  prepare(m);
+  machine() = &m;
+  schedule(m);
+  machine() = nullptr;
+  if (!m.error.empty()) throw std::runtime_error(m.error);
+  for (const Fibre& fibre : m.fibres)
+    if (!fibre.done) throw std::runtime_error("a thread waits at a barrier that the others never reach");
+}
+
+inline Warp& warp() {
+  return machine()->warps[static_cast<size_t>(self().block * kWarps + self().thread / kWarp)];
+}
+
+}  // namespace host
+
+inline int thread_index() { return host::self().thread; }
+inline int block_index() { return host::self().block; }
+inline int block_count() { return host::machine()->blocks; }
+inline char* shared_memory() { return host::shared_of(host::self().block); }
+
+inline void sync_block() { host::arrive(host::machine()->of_block[static_cast<size_t>(host::self().block)]); }
+inline void sync_cluster() {
+  host::Machine& m = *host::machine();
+  host::arrive(m.of_cluster[static_cast<size_t>(host::self().block / m.cluster)]);
+}
+inline float shuffle_xor(float x, int mask) {
+  host::Warp& warp = host::warp();
+  const int lane = host::self().thread % kWarp;
+  warp.shuffled[lane] = x;
+  host::arrive(warp.barrier);
+  const float other = warp.shuffled[lane ^ mask];
+  host::arrive(warp.barrier);
+  return other;
+}
+inline Four load_of_cluster(const Four* local, int rank) {
+  const int own = host::self().block, cluster = host::machine()->cluster;
+  const char* from = reinterpret_cast<const char*>(local) + (host::shared_of(own / cluster * cluster + rank) - host::shared_of(own));
+  Four x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Eight load_shared_by_blocks(const void* p) {
+  Eight x;
+  if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a load of 16 bytes is not aligned");
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Eight load_constant(const void* p) { return load_shared_by_blocks(p); }
+inline uint32_t load_pair_shared_by_blocks(const void* p) {
+  uint32_t x;
+  if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a load of 4 bytes is not aligned");
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void add_release(uint32_t* p, uint32_t x) { *p += x; }
+inline uint32_t load_acquire(const uint32_t* p) { return *p; }
+inline void pause() { host::yield(); }
+inline void copy_async(void* to_shared, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to_shared) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
+    host::fail("a copy of 16 bytes is not aligned");
+  std::memcpy(to_shared, from, 16);
+}
+inline void wait_copies() {}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Fp16 x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float size = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                     : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return x.bits >> 15 ? -size : size;
+}
+inline void from_float(float x, Bf16& y) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  y.bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_float(float x, Fp16& y) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (x != x) {
+    y.bits = 0x7e00;
+  } else if (size >= 65520.0f) {
+    y.bits = sign | 0x7c00;
+  } else {
+    // In units of the last place of its binade: nearbyint rounds halves to even, and carries into the exponent by itself.
+    int exponent;
+    std::frexp(size, &exponent);
+    exponent = exponent < -13 ? -13 : exponent;
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));
+    y.bits = static_cast<uint16_t>(sign | (size == 0.0f ? 0 : ((exponent + 13) << 10) + units));
+  }
+}
+
+template <class T>
+inline void multiply_add(Four& sum, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  host::Warp& warp = host::warp();
+  const int lane = host::self().thread % kWarp;
+  std::memcpy(warp.a[lane], a, sizeof a);
+  warp.b[lane][0] = b0;
+  warp.b[lane][1] = b1;
+  host::arrive(warp.barrier);
+  const auto element = [](uint32_t pair, int which) {
+    return to_float(T{static_cast<uint16_t>(which == 0 ? pair : pair >> 16)});
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k / 2, holder = row % 8 * 4 + pair % 4;
+      const float x = element(warp.a[holder][row / 8 + pair / 4 * 2], k % 2);
+      sum.value[i] += x * element(warp.b[column * 4 + pair % 4][pair / 4], k % 2);
+    }
+  }
+  host::arrive(warp.barrier);
+}
+
+}  // namespace albert

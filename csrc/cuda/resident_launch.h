@@ -1,0 +1,230 @@
+// The resident encoder from the host: what fits, where the workspace's parts lie, and the launch.
+#pragma once
+#include <cstdio>
+#include <cstring>
+
+#include "resident_block.h"
+
+namespace albert {
+
+constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
+
+struct Device {
+  int multiprocessors, shared_bytes;  // that a block may have
+  bool has_clusters;
+};
+
+#ifdef __CUDACC__
+inline int find_device(Device& d) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int& to, cudaDeviceAttr what) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&to, what, device);
+  };
+  ask(d.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  d.has_clusters = major >= 9;
+  return error;
+}
+
+template <class T, class P>
+cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+  attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks are there at once, or the launch fails
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  cudaLaunchConfig_t c{};
+  c.gridDim = dim3(static_cast<unsigned>(l.blocks));
+  c.blockDim = dim3(kThreads);
+  c.dynamicSmemBytes = static_cast<size_t>(l.shared_bytes);
+  c.stream = stream;
+  c.attrs = attributes;
+  c.numAttrs = l.cluster > 1 ? 2 : 1;
+  return c;
+}
+
+// Clusters that the device runs at once: what it is cut into need not be a multiple of a cluster.
+template <class T, class P>
+int count_clusters(const Layout& l, int& clusters) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t c = configuration<T, P>(l, attributes, nullptr);
+  cudaError_t error = cudaFuncSetAttribute(resident_encoder<T, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, P>, &c);
+  return error;
+}
+
+template <class T, class P>
+int start(const Arguments<T, P>& args, void* stream_pointer) {
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  cudaError_t error = cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(resident_encoder<T, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, args.layout.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t c = configuration<T, P>(args.layout, attributes, stream);
+  return cudaLaunchKernelEx(&c, resident_encoder<T, P>, args);
+}
+#else
+// The machine that host.h plays; tests choose it.
+inline Device& host_device() {
+  static Device device{4, 227 << 10, true};
+  return device;
+}
+inline unsigned& host_seed() {
+  static unsigned seed = 0;
+  return seed;
+}
+inline std::string& host_error() {
+  static std::string error;
+  return error;
+}
+inline int find_device(Device& d) {
+  d = host_device();
+  return 0;
+}
+template <class T, class P>
+int count_clusters(const Layout&, int& clusters) {
+  clusters = host_device().multiprocessors / kClusterBlocks;
+  return 0;
+}
+template <class T, class P>
+int start(const Arguments<T, P>& args, void*) {
+  *args.arrivals = 0;
+  try {
+    host::run(args.layout.blocks, args.layout.cluster, static_cast<size_t>(args.layout.shared_bytes), host_seed()++,
+              [&] { resident_encoder<T, P>(args); });
+  } catch (const std::exception& error) {
+    host_error() = error.what();
+    return ALBERT_CUDA_KERNEL;
+  }
+  return 0;
+}
+#endif
+
+template <class T, class P>
+int find_layout(const albert_resident_shape& shape, Layout& layout) {
+  Device device{};
+  if (const int error = find_device(device)) return error;
+  const auto fits = [&](int blocks, int cluster) {
+    layout = make_layout(shape.hidden, shape.inner, shape.heads, blocks, cluster);
+    return serves(layout) && layout.shared_bytes <= device.shared_bytes;
+  };
+  if (shape.cluster != 1 && device.has_clusters && device.multiprocessors >= kClusterBlocks) {
+    // How many clusters there can be depends on the shared memory, which depends on how many there are.
+    int clusters = device.multiprocessors / kClusterBlocks;
+    for (int found = 0; clusters > 0 && fits(clusters * kClusterBlocks, kClusterBlocks); clusters = found) {
+      if (const int error = count_clusters<T, P>(layout, found)) return error;
+      if (found >= clusters) return 0;
+    }
+  }
+  if (shape.cluster <= 1 && fits(device.multiprocessors, 1)) return 0;
+  return ALBERT_CUDA_DOES_NOT_FIT;
+}
+
+inline bool valid(const albert_resident_shape& s) {
+  return s.hidden > 0 && s.inner > 0 && s.heads > 0 && s.hidden % s.heads == 0 &&
+         (s.dtype == ALBERT_CUDA_BF16 || s.dtype == ALBERT_CUDA_FP16) &&
+         (s.parameter_dtype == s.dtype || s.parameter_dtype == ALBERT_CUDA_F32) &&
+         (s.cluster == 0 || s.cluster == 1 || s.cluster == kClusterBlocks);
+}
+
+// Calls use(T, P) with the shape's dtypes.
+template <class Use>
+int with_dtypes(const albert_resident_shape& s, Use use) {
+  if (s.dtype == ALBERT_CUDA_BF16) return s.parameter_dtype == s.dtype ? use(Bf16{}, Bf16{}) : use(Bf16{}, float{});
+  return s.parameter_dtype == s.dtype ? use(Fp16{}, Fp16{}) : use(Fp16{}, float{});
+}
+
+// The workspace's parts, 128 bytes apart at least; returns its size. base may be null.
+template <class T, class P>
+size_t lay_out(Arguments<T, P>& a, int hidden, int inner, int tokens, char* base) {
+  size_t size = 0;
+  const auto take = [&](size_t bytes) {
+    char* part = base + size;
+    size += (bytes + 127) / 128 * 128;
+    return part;
+  };
+  a.tokens = tokens;
+  const size_t rows = static_cast<size_t>(tokens);
+  a.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
+  a.query_key = reinterpret_cast<T*>(take(rows * hidden * 2 * sizeof(T)));
+  a.value = reinterpret_cast<T*>(take(static_cast<size_t>(a.value_stride()) * hidden * sizeof(T)));
+  a.context = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  a.attended = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
+  a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  return size;
+}
+
+inline bool aligned(const void* p) { return p != nullptr && reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline bool valid(const albert_resident_args& a) {
+  for (const void* p : a.parameters)
+    if (!aligned(p)) return false;
+  return valid(a.shape) && a.tokens > 0 && a.tokens <= kMostTokens && a.batch >= 0 && a.passes > 0 &&
+         a.activation >= ALBERT_CUDA_GELU_TANH && a.activation <= ALBERT_CUDA_RELU && aligned(a.hidden) &&
+         a.cu_seqlens != nullptr && aligned(a.output) && aligned(a.workspace);
+}
+
+}  // namespace albert
+
+extern "C" {
+
+int albert_resident_plan_of(const albert_resident_shape* shape, albert_resident_plan* plan) {
+  using namespace albert;
+  if (!valid(*shape)) return ALBERT_CUDA_BAD_ARGUMENT;
+  Layout layout{};
+  const int error = with_dtypes(*shape, [&](auto t, auto p) { return find_layout<decltype(t), decltype(p)>(*shape, layout); });
+  if (error == 0) *plan = {layout.blocks, layout.cluster, layout.shared_bytes};
+  return error;
+}
+
+size_t albert_resident_workspace_bytes(const albert_resident_shape* shape, int tokens) {
+  using namespace albert;
+  Arguments<Bf16, Bf16> a{};
+  return lay_out(a, shape->hidden, shape->inner, tokens, nullptr);
+}
+
+int albert_resident_encoder(const albert_resident_args* given, void* stream) {
+  using namespace albert;
+  if (!valid(*given)) return ALBERT_CUDA_BAD_ARGUMENT;
+  return with_dtypes(given->shape, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    Arguments<T, P> a{};
+    if (const int error = find_layout<T, P>(given->shape, a.layout)) return error;
+    lay_out(a, given->shape.hidden, given->shape.inner, given->tokens, static_cast<char*>(given->workspace));
+    a.batch = given->batch;
+    a.passes = given->passes;
+    a.activation = given->activation;
+    a.return_all = given->return_all != 0;
+    a.eps = given->eps;
+    a.hidden = static_cast<const T*>(given->hidden);
+    a.cu_seqlens = given->cu_seqlens;
+    for (int i = 0; i < 16; ++i) a.parameters[i] = static_cast<const P*>(given->parameters[i]);
+    a.output = static_cast<T*>(given->output);
+    return start(a, stream);
+  });
+}
+
+const char* albert_cuda_error(int error) {
+  switch (error) {
+    case 0: return "no error";
+    case ALBERT_CUDA_BAD_ARGUMENT: return "an argument is wrong";
+    case ALBERT_CUDA_DOES_NOT_FIT: return "the layer does not fit into the device's shared memory";
+#ifdef __CUDACC__
+    default: return cudaGetErrorString(static_cast<cudaError_t>(error));
+#else
+    default: return albert::host_error().c_str();
+#endif
+  }
+}
+
+#ifndef __CUDACC__
+void albert_host_machine(int multiprocessors, int shared_bytes, int has_clusters, unsigned seed) {
+  albert::host_device() = {multiprocessors, shared_bytes, has_clusters != 0};
+  albert::host_seed() = seed;
+}
+#endif
+}
