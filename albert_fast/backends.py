@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,18 @@ class BackendError(RuntimeError):
     """The backend that ALBERT_FAST_BACKEND asks for does not exist here or cannot serve the call."""
 
 
+class EncoderSizes(NamedTuple):
+    """What a call of `encoder` asks for, where a backend serves some sizes alone."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    heads: int
+    layers: int  # of different weights
+    has_bias: bool
+    has_dropout: bool
+
+
 @dataclass(frozen=True)
 class Call:
     """What a backend is told of a call before it is asked to serve it."""
@@ -50,6 +62,7 @@ class Call:
     activation: str | None = None
     training: bool = False  # whether a gradient will be asked for
     quantized: bool = False  # whether the products are to be in int8
+    sizes: EncoderSizes | None = None  # of `encoder`, where they are known before it runs
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,22 @@ TRITON = Backend(
     load=lambda: _triton().load(),
 )
 
+
+def _cuda() -> ModuleType:
+    from albert_fast import cuda_backend
+
+    return cuda_backend
+
+
+CUDA = Backend(
+    name="cuda",
+    unavailable=lambda: _cuda().unavailable(),
+    declines=lambda call: _cuda().declines(call),
+    load=lambda: _cuda().load(),
+)
+
 # Best first.
-BACKENDS: list[Backend] = [CPU, TRITON, REFERENCE]
+BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]
 
 
 def choose(call: Call) -> Backend:

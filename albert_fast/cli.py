@@ -18,6 +18,12 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="compile the native kernels now and print where they are")
     build.add_argument("--force", action="store_true", help="compile them anew")
+    build.add_argument(
+        "--cuda",
+        nargs="*",
+        metavar="ARCHITECTURE",
+        help="the CUDA kernels in place of the CPU's: for 80, 90a, 100 …, or for the GPUs that are here",
+    )
     build.set_defaults(run=_build)
 
     convert = commands.add_parser("convert", help="write a checkpoint anew: sharded, single, or in another dtype")
@@ -70,8 +76,10 @@ def _env(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from albert_fast import native
+    from albert_fast import native, native_cuda
 
+    if args.cuda is not None:
+        return native_cuda.build_command(args.cuda, args.force)
     return native.build_command(args.force)
 
 

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -90,7 +91,7 @@ def ninja() -> str | None:
 
 
 @cache
-def _version(command: tuple[str, ...]) -> str:
+def compiler_version(command: tuple[str, ...]) -> str:
     """What tells this compiler from another."""
     result = subprocess.run([*command, "--version"], capture_output=True, text=True)
     return f"{' '.join(command)} {os.path.realpath(shutil.which(command[0]) or command[0])} {result.stdout}"
@@ -119,12 +120,12 @@ class Plan:
         if sources is None:
             raise BuildError("the C++ sources (csrc) are missing from this installation: install albert_fast anew")
         units = [(sources / _BINDING, _BINDING_FLAGS)]
-        for path in sorted((sources / "cpu").glob("*.cpp")):
+        for path in sorted([*(sources / "cpu").glob("*.cpp"), *(sources / "cuda").glob("*.cpp")]):
             isas = _ISAS if "namespace albert::ALBERT_ISA" in path.read_text() else ()
             units += [(path, f"{ISA_FLAGS[isa]} -DALBERT_ISA={isa}") for isa in (*isas, *_MORE_ISAS.get(path.name, ()))]
             if not isas:
                 units.append((path, ""))
-        texts = {path: _digest(*_with_includes(path)) for path in {path for path, _ in units}}
+        texts = {path: digest(*with_includes(path)) for path in {path for path, _ in units}}
         command = compiler()
         flags = (*shlex.split(os.environ.get("ALBERT_FAST_CXXFLAGS", "")), *extra_flags)
         return cls(None if command is None else tuple(command), flags, tuple(units), texts)
@@ -133,12 +134,12 @@ class Plan:
         path, flags = unit
         isa = re.search(r"ALBERT_ISA=(\w+)", flags)
         headers = torch.__version__ if path.name == _BINDING else ""
-        made_of = _digest(self.texts[path], _FLAGS, flags, *self.extra_flags, self.version, headers)
+        made_of = digest(self.texts[path], _FLAGS, flags, *self.extra_flags, self.version, headers)
         return f"{path.stem}-{isa[1] if isa else 'any'}-{made_of}.o"
 
     @property
     def version(self) -> str:
-        return "" if self.command is None else _version(self.command)
+        return "" if self.command is None else compiler_version(self.command)
 
     @property
     def link_flags(self) -> str:
@@ -148,12 +149,26 @@ class Plan:
     def stem(self) -> str:
         """The part of the library's name that says nothing of the compiler."""
         texts = [text for path, flags in self.units for text in (self.texts[path], flags)]
-        made_of = _digest(*texts, _FLAGS, *self.extra_flags, torch.__version__)
+        made_of = digest(*texts, _FLAGS, *self.extra_flags, torch.__version__)
         return f"albert_fast-{platform.machine()}-{made_of}"
 
     @property
     def name(self) -> str:
-        return f"{self.stem}-{_digest(self.version)}.so"
+        return f"{self.stem}-{digest(self.version)}.so"
+
+    @property
+    def announcement(self) -> str:
+        return "the CPU kernels, once: about 20 seconds"
+
+    def object_names(self) -> list[str]:
+        return [self.object_name(unit) for unit in self.units]
+
+    def lacking(self) -> str | None:
+        if self.command is None:
+            if os.environ.get("CXX"):
+                return f"CXX is {os.environ['CXX']!r}, which is not found: set it to a C++ compiler"
+            return "there is no C++ compiler: install g++ or clang++, or set CXX"
+        return None if ninja() else "there is no ninja: pip install ninja"
 
     def existing(self) -> Path | None:
         """The library in the cache; without a compiler, that of any compiler."""
@@ -163,14 +178,11 @@ class Plan:
         return next(iter(sorted(cache_folder().glob(f"{self.stem}-*.so"))), None)
 
     def ninja_file(self, output: str) -> str:
-        def quoted(path: Path) -> str:
-            return re.sub(r"([ :$])", r"$\1", str(path))
-
         assert self.command is not None
         command, extra = shlex.join(self.command), shlex.join(self.extra_flags)
         lines = [f"rule compile\n  command = {command} {_FLAGS} $flags {extra} -c $in -o $out"]
         lines.append(f"rule link\n  command = {command} {extra} $in {self.link_flags} -o $out")
-        names = [self.object_name(unit) for unit in self.units]
+        names = self.object_names()
         for (path, flags), name in zip(self.units, names, strict=True):
             if path.name == _BINDING:
                 flags += f" -isystem {shlex.quote(str(Path(torch.__file__).parent / 'include'))}"
@@ -179,7 +191,12 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def _digest(*texts: str | bytes) -> str:
+def quoted(path: Path) -> str:
+    """As ninja reads it."""
+    return re.sub(r"([ :$])", r"$\1", str(path))
+
+
+def digest(*texts: str | bytes) -> str:
     total = hashlib.sha256()
     for text in texts:
         data = text.encode() if isinstance(text, str) else text
@@ -187,7 +204,7 @@ def _digest(*texts: str | bytes) -> str:
     return total.hexdigest()[:16]
 
 
-def _with_includes(path: Path, seen: set[str] | None = None) -> Iterator[bytes]:
+def with_includes(path: Path, seen: set[str] | None = None) -> Iterator[bytes]:
     """The text of a source and of the files beside it that it includes, each once."""
     seen = set() if seen is None else seen
     seen.add(str(path))
@@ -196,7 +213,7 @@ def _with_includes(path: Path, seen: set[str] | None = None) -> Iterator[bytes]:
     for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
         included = os.path.normpath(path.parent / os.fsdecode(name))
         if included not in seen and os.path.isfile(included):
-            yield from _with_includes(Path(included), seen)
+            yield from with_includes(Path(included), seen)
 
 
 # ------------------------------------------------------------------------------------------------------ build and load
@@ -213,11 +230,39 @@ def build(extra_flags: Iterable[str] = (), *, force: bool = False, quiet: bool =
     Raises:
         BuildError: there is no compiler, or it failed; the message holds its own.
     """
-    plan = Plan.make(extra_flags)
+    return build_plan(Plan.make(extra_flags), force=force, quiet=quiet)
+
+
+class Buildable(Protocol):
+    """What `build_plan` builds: `Plan`, or that of the CUDA kernels."""
+
+    @property
+    def name(self) -> str:
+        """Of the library; says what it is made of."""
+
+    @property
+    def announcement(self) -> str:
+        """What is compiled, and how long it takes."""
+
+    def existing(self) -> Path | None:
+        """The library in the cache."""
+
+    def lacking(self) -> str | None:
+        """What a build needs and this machine lacks."""
+
+    def object_names(self) -> list[str]:
+        """Of the files that ninja makes on the way."""
+
+    def ninja_file(self, output: str) -> str:
+        """What makes `output` of the sources."""
+
+
+def build_plan(plan: Buildable, *, force: bool, quiet: bool) -> Path:
+    """As `build`."""
     existing = plan.existing()
     if existing is not None and not force:
         return existing
-    reason = _lacking(plan)
+    reason = plan.lacking()
     if reason is not None:
         raise BuildError(reason)
     import fcntl  # not on Windows
@@ -233,13 +278,13 @@ def build(extra_flags: Iterable[str] = (), *, force: bool = False, quiet: bool =
         raise BuildError(f"cannot write the cache {folder} ({error}): set ALBERT_FAST_CACHE to a folder") from error
 
 
-def _build(plan: Plan, folder: Path, force: bool, quiet: bool) -> Path:
+def _build(plan: Buildable, folder: Path, force: bool, quiet: bool) -> Path:
     if not quiet:
-        print(f"albert_fast: compiling the CPU kernels into {folder}, once: about 20 seconds", file=sys.stderr)
+        print(f"albert_fast: compiling {plan.announcement}; into {folder}", file=sys.stderr)
     partial, script = f"partial-{plan.name}", f"{plan.name}.ninja"
     objects = folder / "objects"
     if force:
-        for name in (partial, *map(plan.object_name, plan.units)):
+        for name in (partial, *plan.object_names()):
             (objects / name).unlink(missing_ok=True)
     (objects / script).write_text(plan.ninja_file(partial))
     program = ninja()
@@ -252,15 +297,6 @@ def _build(plan: Plan, folder: Path, force: bool, quiet: bool) -> Path:
         raise BuildError(f"the compiler failed; its output ({objects / plan.name}.log):\n{log}")
     os.replace(objects / partial, folder / plan.name)
     return folder / plan.name
-
-
-def _lacking(plan: Plan) -> str | None:
-    """What a build needs and this machine lacks."""
-    if plan.command is None:
-        if os.environ.get("CXX"):
-            return f"CXX is {os.environ['CXX']!r}, which is not found: set it to a C++ compiler"
-        return "there is no C++ compiler: install g++ or clang++, or set CXX"
-    return None if ninja() else "there is no ninja: pip install ninja"
 
 
 @dataclass
@@ -289,7 +325,7 @@ class _State:
             return f"the CPU kernels need an x86-64 processor, and this one is {platform.machine()}"
         try:
             plan = Plan.make()
-            return None if plan.existing() else _lacking(plan)
+            return None if plan.existing() else plan.lacking()
         except BuildError as error:
             return str(error)
 

@@ -1,6 +1,6 @@
 """What `make gpu` runs: parity tests on the GPU and benchmarks, stage by stage, and a report of them all.
 
-    python benchmarks/gpu.py OUT [--stages parity,rates,attention,loss,latency,training] [--only NAMES] [--seconds 470]
+    python benchmarks/gpu.py OUT [--stages parity,rates,resident,…] [--only NAMES] [--seconds 470]
 
 OUT/report.json has everything that was measured, OUT/summary.md the tables and the targets, OUT/parity.log what pytest
 wrote. They are written again after each step: what ends early, or is ended, leaves what it had. Each stage is a process
@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -43,10 +44,19 @@ import gpu_timing
 ROOT = Path(__file__).resolve().parents[1]
 
 # Seconds of each stage at most; the order is that of a run.
-STAGES = {"parity": 180, "rates": 45, "attention": 170, "loss": 90, "latency": 180, "training": 450}
+STAGES = {
+    "parity": 180,
+    "sanitizer": 120,
+    "rates": 45,
+    "resident": 60,
+    "attention": 170,
+    "loss": 90,
+    "latency": 180,
+    "training": 450,
+}
 TOTAL_SECONDS = 470
 
-TESTS = ("tests/ops", "tests/kernels", "tests/test_backends.py", "tests/test_graphs.py")
+TESTS = ("tests/ops", "tests/kernels", "tests/test_backends.py", "tests/test_cuda_backend.py", "tests/test_graphs.py")
 
 # With so little time a stage is not begun, and not begun again.
 _LEAST_SECONDS = 15
@@ -214,6 +224,8 @@ class Run:
                 with Clocks() as clocks:
                     if name == "parity":
                         self.parity(stage, seconds, environment)
+                    elif name == "sanitizer":
+                        self.sanitizer(stage, seconds, environment)
                     else:
                         self.stage(name, stage, seconds, environment, scratch / f"{name}.json")
                 stage["seconds"] = round(time.monotonic() - start, 1)
@@ -253,6 +265,24 @@ class Run:
             ended = run(command, seconds, environment, each)
         stage |= {"command": command, "tail": ended.tail, "failures": list(failures.values())}
         stage["status"] = "done" if ended.status == 0 else "out of time" if ended.timed_out else "failed"
+
+    def sanitizer(self, stage: dict[str, Any], seconds: float, environment: dict[str, str]) -> None:
+        """NVIDIA's memory and race checkers over the parity tests of the CUDA C++ kernels."""
+        environment = {**environment, "ALBERT_FAST_TEST_DEVICE": self.device, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        end = time.monotonic() + seconds
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda_backend.py", "-k"]
+        stage["status"] = "done"
+        for tool in ("memcheck", "racecheck"):
+            program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+            if self.device != "cuda" or not Path(program).exists():
+                stage["status"] = "failed: there is no compute-sanitizer here"
+                return
+            command = [program, "--tool", tool, "--error-exitcode", "9", *tests, "parity"]
+            ended = run(command, end - time.monotonic(), environment)
+            stage["facts"][tool] = "no errors" if ended.status == 0 else ended.why()
+            stage["tail"] += ended.tail
+            if ended.status != 0:
+                stage["status"] = "out of time" if ended.timed_out else "failed"
 
     def stage(self, name: str, stage: dict[str, Any], seconds: float, environment: dict[str, str], file: Path) -> None:
         """Starts the stage's process, again after each death, until it has been through its cases."""

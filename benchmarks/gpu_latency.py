@@ -25,7 +25,7 @@ COLUMNS = (
 )
 
 DTYPE = "bfloat16"
-LENGTHS, TINY_LENGTHS = (16, 64, 128, 512), (8,)
+LENGTHS, TINY_LENGTHS = (8, 16, 64, 128, 512), (8,)
 ALL = (Graphed.name, OURS, CompiledForLatency.name, "transformers-sdpa")
 ON_A_CPU = ALL[1:]
 

@@ -57,7 +57,7 @@ class Tree:
         monkeypatch.setenv("ALBERT_FAST_CACHE", str(self.cache))
         monkeypatch.setenv("CXX", str(self.wrapper))
         monkeypatch.delenv("ALBERT_FAST_CXXFLAGS", raising=False)
-        native._version.cache_clear()
+        native.compiler_version.cache_clear()
 
     def compiled(self) -> list[str]:
         """The sources compiled since the last call, and `link`."""
@@ -74,7 +74,7 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     yield Tree(tmp_path, monkeypatch)
-    native._version.cache_clear()
+    native.compiler_version.cache_clear()
 
 
 ALL = ["binding.cpp", "kernel.cpp", "kernel.cpp", "link"]
@@ -135,7 +135,7 @@ def test_flags_compiler_and_torch_have_libraries_of_their_own(tree):
     paths.append(native.build())
     tree.monkeypatch.delenv("ALBERT_FAST_CXXFLAGS")
     tree.monkeypatch.setenv("WRAPPER_VERSION", "2")
-    native._version.cache_clear()
+    native.compiler_version.cache_clear()
     paths.append(native.build())
     tree.monkeypatch.setattr(torch, "__version__", "99.0")
     paths.append(native.build())

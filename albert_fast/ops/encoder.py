@@ -393,10 +393,31 @@ def _inference(
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
-def _call(hidden: Tensor, options: EncoderOptions, training: bool) -> backends.Call:
-    head_dim = hidden.shape[-1] // options.num_heads
+def _call(
+    hidden: Tensor, options: EncoderOptions, training: bool, parameters: list[Tensor] | None = None
+) -> backends.Call:
+    """parameters: of a call that is about to run, so that it can be chosen for by its sizes."""
+    tokens, width = hidden.shape[-2:]
+    sizes = None
+    if parameters is not None:
+        sizes = backends.EncoderSizes(
+            tokens,
+            width,
+            parameters[10].shape[0],
+            options.num_heads,
+            options.num_groups * options.inner_group_num,
+            options.bias is not None,
+            bool(options.hidden_dropout_p or options.attention_dropout_p),
+        )
     return backends.Call(
-        "encoder", hidden.device, hidden.dtype, head_dim, options.activation, training, options.quantized
+        "encoder",
+        hidden.device,
+        hidden.dtype,
+        width // options.num_heads,
+        options.activation,
+        training,
+        options.quantized,
+        sizes,
     )
 
 
@@ -483,7 +504,8 @@ def _inference_op(
         quantized,
         input_means,
     )
-    function = backends.implementation("encoder_inference", _call(hidden, options, training=False))
+    call = _call(hidden, options, training=False, parameters=parameters)
+    function = backends.implementation("encoder_inference", call)
     return function(hidden, parameters, cu_seqlens, max_seqlen, options)
 
 
@@ -683,7 +705,8 @@ def _run(
 ) -> Tensor:
     """What serves the call, be it to train or not."""
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *parameters))
-    call = _call(hidden, options, training)
+    # Who compiles the call for any sizes is not to compile it for these.
+    call = _call(hidden, options, training, None if training or torch.compiler.is_compiling() else parameters)
     if attentions is not None or backends.uses_reference(call):
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
     if training:

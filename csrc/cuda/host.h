@@ -1,5 +1,6 @@
-// The machine of device.h on a CPU: every thread of every block is a fibre, all on one thread of the processor, in an
-// order that is drawn anew at each step. Barriers are barriers, a block's shared memory is memory that holds NaN at
+// The machine of device.h on a CPU: every thread of every block is a fibre, all on one thread of the processor. Who goes
+// on is drawn at each step, and for a while some warps, drawn as well, only go on when no other can: what is read late or
+// written early without a barrier between shows. Barriers are barriers, a block's shared memory is memory that holds NaN at
 // first, a warp's matrix instruction is a loop once its 32 lanes are there. For tests: it finds what is wrong in a
 // kernel's logic (a missing barrier, a wrong index, reads of what nobody wrote), not what only a GPU's memory model shows.
 #pragma once
@@ -39,6 +40,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
+  bool slow = false;
   float shuffled[kWarp];
   uint32_t a[kWarp][4], b[kWarp][2];
   float sums[kWarp][4];
@@ -49,13 +51,14 @@ struct Machine {
   size_t shared_bytes = 0;
   std::vector<char> shared;
   std::vector<Fibre> fibres;
-  std::vector<Fibre*> ready;
+  std::vector<Fibre*> ready, late;  // late: of slow warps
   std::vector<Barrier> of_block, of_cluster;
   std::vector<Warp> warps;
   Fibre* running = nullptr;
   jmp_buf scheduler;
   std::function<void()> body;
   std::mt19937 random;
+  unsigned steps = 0;
   std::string error;
 };
 
@@ -73,8 +76,8 @@ inline char* shared_of(int block) {
 inline void switch_to_scheduler() {
   if (!_setjmp(self().here)) _longjmp(machine()->scheduler, 1);
 }
-inline void yield() {
-  machine()->ready.push_back(&self());
+inline void yield(std::vector<Fibre*>& to) {
+  to.push_back(&self());
   switch_to_scheduler();
 }
 inline void arrive(Barrier& barrier) {
@@ -82,7 +85,7 @@ inline void arrive(Barrier& barrier) {
   if (static_cast<int>(barrier.waiting.size()) + 1 == barrier.count) {
     m.ready.insert(m.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
     barrier.waiting.clear();
-    return yield();
+    return yield(m.ready);
   }
   barrier.waiting.push_back(&self());
   switch_to_scheduler();
@@ -124,11 +127,30 @@ inline void prepare(Machine& m) {
   }
 }
 
+inline Warp& warp_of(Machine& m, const Fibre& fibre) {
+  return m.warps[static_cast<size_t>(fibre.block * kWarps + fibre.thread / kWarp)];
+}
+
+inline Fibre* draw(Machine& m) {
+  if (m.steps++ % 4096 == 0) {
+    for (Warp& warp : m.warps) warp.slow = m.random() % 4 == 0;
+    m.ready.insert(m.ready.end(), m.late.begin(), m.late.end());
+    m.late.clear();
+  }
+  for (;;) {
+    const bool others = !m.ready.empty();
+    std::vector<Fibre*>& from = others ? m.ready : m.late;
+    std::swap(from[m.random() % from.size()], from.back());
+    Fibre* fibre = from.back();
+    from.pop_back();
+    if (!others || !warp_of(m, *fibre).slow) return fibre;
+    m.late.push_back(fibre);
+  }
+}
+
 inline void schedule(Machine& m) {
-  while (!m.ready.empty() && m.error.empty()) {
-    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
-    m.running = m.ready.back();
-    m.ready.pop_back();
+  while (!(m.ready.empty() && m.late.empty()) && m.error.empty()) {
+    m.running = draw(m);
     if (_setjmp(m.scheduler)) continue;
     if (m.running->started) _longjmp(m.running->here, 1);
     m.running->started = true;
@@ -153,9 +175,7 @@ inline void run(int blocks, int cluster, size_t shared_bytes, unsigned seed, std
     if (!fibre.done) throw std::runtime_error("a thread waits at a barrier that the others never reach");
 }
 
-inline Warp& warp() {
-  return machine()->warps[static_cast<size_t>(self().block * kWarps + self().thread / kWarp)];
-}
+inline Warp& warp() { return warp_of(*machine(), self()); }
 
 }  // namespace host
 
@@ -201,7 +221,7 @@ inline uint32_t load_pair_shared_by_blocks(const void* p) {
 }
 inline void add_release(uint32_t* p, uint32_t x) { *p += x; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
-inline void pause() { host::yield(); }
+inline void pause() { host::yield(host::machine()->late); }  // nothing changes before the others have gone on
 inline void copy_async(void* to_shared, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to_shared) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
     host::fail("a copy of 16 bytes is not aligned");

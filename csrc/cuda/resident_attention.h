@@ -75,31 +75,57 @@ struct Attention {
         sum += p;
       }
       for (int mask = 1; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (block.lane == 0) inverse_sums[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      if (block.lane == 0) inverse_sums[r] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no keys
     }
   }
 
-  ALBERT_DEVICE void add_values(int tile, int head, const Keys& all) {
-    const int head_dim = block.layout.head_dim(), stride = block.args.value_stride();
+  // Values of 8 tokens for one dimension; zeros outside the sequence, where a NaN times a probability of zero were one.
+  ALBERT_DEVICE Eight values_of(long dim, int key, const Sequence& s) const {
+    Eight v = load_shared_by_blocks(block.args.value + dim * block.args.value_stride() + key);
+    if (key >= s.begin && key + 8 <= s.end) return v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = key + 2 * i;
+      if (k < s.begin || k >= s.end) v.pair[i] &= 0xffff0000u;
+      if (k + 1 < s.begin || k + 1 >= s.end) v.pair[i] &= 0x0000ffffu;
+    }
+    return v;
+  }
+
+  // By the sequences that the tile's rows are of: each sees its own values alone.
+  ALBERT_DEVICE void add_values(int tile, int head) {
+    const int head_dim = block.layout.head_dim(), first = tile * kTile;
+    const int last = first + kTile < block.args.tokens ? first + kTile : block.args.tokens;
     for (int column = block.warp * kUnit; column < head_dim; column += kWarps * kUnit) {
-      Four sum{};
-      for (int key = all.begin; key < all.end; key += kChunk) {
-        const int k = key + block.quad * 8;
-        const Eight a = *reinterpret_cast<const Eight*>(probabilities + block.row * kProbabilityStride + k);
-        const Eight a8 = *reinterpret_cast<const Eight*>(probabilities + (block.row + 8) * kProbabilityStride + k);
-        const long dim = head * head_dim + column + block.row;
-        const Eight b = load_shared_by_blocks(block.args.value + dim * stride + k);
-        multiply_add(sum, {a.pair[0], a8.pair[0], a.pair[1], a8.pair[1]}, b.pair[0], b.pair[1], T{});
-        multiply_add(sum, {a.pair[2], a8.pair[2], a.pair[3], a8.pair[3]}, b.pair[2], b.pair[3], T{});
+      const long dim = head * head_dim + column + block.row;
+      Four total{};
+      for (int token = first; token < last;) {
+        const Sequence s = block.sequences()[token];
+        Four sum{};
+        for (int key = s.begin / kChunk * kChunk; key < s.end; key += kChunk) {
+          const int k = key + block.quad * 8;
+          const Eight a = *reinterpret_cast<const Eight*>(probabilities + block.row * kProbabilityStride + k);
+          const Eight a8 = *reinterpret_cast<const Eight*>(probabilities + (block.row + 8) * kProbabilityStride + k);
+          const Eight b = values_of(dim, k, s);
+          multiply_add(sum, {a.pair[0], a8.pair[0], a.pair[1], a8.pair[1]}, b.pair[0], b.pair[1], T{});
+          multiply_add(sum, {a.pair[2], a8.pair[2], a.pair[3], a8.pair[3]}, b.pair[2], b.pair[3], T{});
+        }
+        const int end = s.begin == s.end ? token + 1 : s.end;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int r = first + block.row + i / 2 * 8;
+          if (r >= token && r < end) total.value[i] = sum.value[i];
+        }
+        token = end;
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = block.row + half * 8, token = tile * kTile + r;
-        if (token >= block.args.tokens) continue;
+        const int r = block.row + half * 8;
+        if (first + r >= last) continue;
         const float inverse = inverse_sums[r];
-        store_pair(block.args.context + static_cast<long>(token) * block.layout.hidden + head * head_dim + column +
+        store_pair(block.args.context + static_cast<long>(first + r) * block.layout.hidden + head * head_dim + column +
                        block.quad * 2,
-                   sum.value[2 * half] * inverse, sum.value[2 * half + 1] * inverse);
+                   total.value[2 * half] * inverse, total.value[2 * half + 1] * inverse);
       }
     }
   }
@@ -119,7 +145,7 @@ struct Attention {
       sync_block();
       softmax(all);
       sync_block();
-      add_values(tile, head, all);
+      add_values(tile, head);
     }
   }
 };

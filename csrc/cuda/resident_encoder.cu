@@ -79,15 +79,6 @@ struct Encoder {
     }
   }
 
-  // Values of tokens that fill up the last chunk: attention multiplies them with zero.
-  ALBERT_DEVICE void clear_values() {
-    const int stride = args.value_stride(), filled = block.tiles() * kTile;
-    if (filled == stride) return;
-    const int pairs = (stride - filled) / 2;
-    for (int i = block.index * kThreads + block.thread; i < layout.hidden * pairs; i += layout.blocks * kThreads)
-      store_pair(args.value + static_cast<long>(i / pairs) * stride + filled + i % pairs * 2, 0.0f, 0.0f);
-  }
-
   // ---- each pass ----
   ALBERT_DEVICE float parameter(int which, int i) const { return to_float(args.parameters[which][i]); }
 
@@ -125,15 +116,7 @@ struct Encoder {
   // Where two elements of a product go: row r, columns `column` and the next. r may lie beyond the tokens.
   ALBERT_DEVICE void finish(int matrix, bool first, int r, int column, float a, float b) const {
     const int hidden = layout.hidden;
-    const bool real = r < args.tokens;
-    if (matrix == kQkv && column >= 2 * hidden) {
-      const int i = column - 2 * hidden;
-      T* to = args.value + static_cast<long>(i) * args.value_stride() + r;
-      from_float(real ? a + parameter(kValue + 1, i) : 0.0f, to[0]);
-      from_float(real ? b + parameter(kValue + 1, i + 1) : 0.0f, to[args.value_stride()]);
-      return;
-    }
-    if (!real) return;
+    if (r >= args.tokens) return;
     const auto add_bias = [&](int which, int i) {
       a += parameter(which + 1, i);
       b += parameter(which + 1, i + 1);
@@ -142,8 +125,14 @@ struct Encoder {
     float x, y;
     switch (matrix) {
       case kQkv:
-        add_bias(column < hidden ? kQuery : kKey, column % hidden);
-        store_pair(args.query_key + row * 2 * hidden + column, a, b);
+        add_bias(column < hidden ? kQuery : column < 2 * hidden ? kKey : kValue, column % hidden);
+        if (column < 2 * hidden) {
+          store_pair(args.query_key + row * 2 * hidden + column, a, b);
+        } else {
+          T* to = args.value + static_cast<long>(column % hidden) * args.value_stride() + row;
+          from_float(a, to[0]);
+          from_float(b, to[args.value_stride()]);
+        }
         break;
       case kDense:
         add_bias(kDenseWeight, column);
@@ -194,7 +183,6 @@ struct Encoder {
   ALBERT_DEVICE void run() {
     load_weights();
     find_sequences();
-    clear_values();
     sync_block();
     for (int pass = 0; pass < args.passes; ++pass) {
       const bool first = pass == 0;
@@ -203,10 +191,10 @@ struct Encoder {
         Product<T, P>(block, matrix, input(matrix, first)).run([&](int r, int column, float a, float b) {
           finish(matrix, first, r, column, a, b);
         });
-        if (matrix != kQkv || first || layout.cluster == 1)
-          block.sync_grid();  // the first one also shows everyone the values that were cleared
-        else
+        if (matrix == kQkv && layout.cluster > 1)
           sync_cluster();
+        else
+          block.sync_grid();
         if (matrix == kQkv) {
           Attention<T, P>(block).run();
           block.sync_grid();

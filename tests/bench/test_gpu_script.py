@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from albert_fast import native_cuda
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OURS = "albert_fast"
 
@@ -55,6 +57,19 @@ def test_rates(measured):
     assert [len(case["rows"]) for case in products] == [12, 12]
     assert record.facts["matrix_tflops"] > 0
     assert record.facts["copy_terabytes_per_second"] > 0
+
+
+def test_resident(measured, monkeypatch):
+    """The kernel's source runs on the CPU here (csrc/cuda/host.h)."""
+    monkeypatch.setenv("ALBERT_FAST_CUDA_ON_CPU", "1")
+    native_cuda.load().albert_host_machine(8, 227 << 10, True, 0)
+    (case,) = measured("resident").cases
+    assert case["name"] == "5 tokens in 2 rows"
+    assert [row["peer"] for row in case["rows"]] == [OURS, f"{OURS} without clusters"]
+    for row in case["rows"]:
+        assert row["reason"] is None
+        assert row["error"] <= row["limit"] < 0.05
+        assert row["microseconds"] > 0
 
 
 def test_attention(measured, script, monkeypatch):
