@@ -94,6 +94,23 @@ def test_parity_of_as_many_tokens_as_it_serves(device, monkeypatch):
     check(case, served(case, monkeypatch))
 
 
+def test_parity_with_little_room(device, monkeypatch):
+    """A cluster's blocks then add up two tiles at a time."""
+    if device.type == "cuda":
+        pytest.skip("asks what the CPU plays")
+    machine(device, 8, True)
+    plan = native_cuda.ResidentPlan()
+    library = native_cuda.load()
+    assert library.albert_resident_plan_of(native_cuda.Shape(64, 64, 2, 0, 0, 0), plan) == 0
+    machine(device, 8, True, plan.shared_bytes - 1)
+    case = Case([30, 1, 20], 64, 64, num_heads=2, dtype=torch.bfloat16, device=device)
+    check(case, served(case, monkeypatch))
+    less = native_cuda.ResidentPlan()
+    assert library.albert_resident_plan_of(native_cuda.Shape(64, 64, 2, 0, 0, 8), less) == 0
+    assert less.shared_bytes < plan.shared_bytes
+    assert less.cluster == plan.cluster == 8
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activations_and_all_states(activation, device, monkeypatch):
     machine(device, 3, False)

@@ -49,7 +49,6 @@ struct Block {
   int thread, warp, lane, index;
   int row, quad;  // of a matrix instruction's operands: lane = 4 row + quad
   uint32_t arrived = 0;
-  int turn = 0;  // of the two places for sums that other blocks read
 
   ALBERT_DEVICE explicit Block(const Arguments<T, P>& a)
       : args(a), layout(a.layout), shared(shared_memory()), thread(thread_index()), warp(thread / kWarp),
@@ -58,10 +57,10 @@ struct Block {
   ALBERT_DEVICE int tiles() const { return divide_up(args.tokens, kTile); }
   ALBERT_DEVICE const char* weights(int matrix) const { return shared + layout.offset[matrix]; }
   ALBERT_DEVICE Four* warp_sums() const { return reinterpret_cast<Four*>(shared + layout.scratch); }
-  ALBERT_DEVICE Four* cluster_sums(int which) const {
-    return reinterpret_cast<Four*>(shared + layout.scratch + warp_sum_bytes(layout) + which * cluster_sum_bytes(layout));
+  ALBERT_DEVICE Four* cluster_sums(int slot) const {
+    return reinterpret_cast<Four*>(shared + layout.scratch + warp_sum_bytes(layout) + slot * cluster_sum_bytes(layout));
   }
-  ALBERT_DEVICE Statistics* partial_statistics() const { return reinterpret_cast<Statistics*>(cluster_sums(2)); }
+  ALBERT_DEVICE Statistics* partial_statistics() const { return reinterpret_cast<Statistics*>(cluster_sums(layout.slots)); }
   ALBERT_DEVICE Statistics* statistics() const { return partial_statistics() + kWarps * kTile; }
   ALBERT_DEVICE Sequence* sequences() const { return reinterpret_cast<Sequence*>(statistics() + kMostTokens); }
 

@@ -107,8 +107,11 @@ int find_layout(const albert_resident_shape& shape, Layout& layout) {
   Device device{};
   if (const int error = find_device(device)) return error;
   const auto fits = [&](int blocks, int cluster) {
-    layout = make_layout(shape.hidden, shape.inner, shape.heads, blocks, cluster);
-    return serves(layout) && layout.shared_bytes <= device.shared_bytes;
+    for (int slots : {kMostTokens / kTile, 2}) {
+      layout = make_layout(shape.hidden, shape.inner, shape.heads, blocks, cluster, slots);
+      if (serves(layout) && layout.shared_bytes <= device.shared_bytes) return true;
+    }
+    return false;
   };
   if (shape.cluster != 1 && device.has_clusters && device.multiprocessors >= kClusterBlocks) {
     // How many clusters there can be depends on the shared memory, which depends on how many there are.

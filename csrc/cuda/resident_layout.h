@@ -26,6 +26,7 @@ struct Layout {
   int units[kMatrices];   // that a block multiplies with, at most
   int chunks[kMatrices];  // of each that it holds, at most
   int offset[kMatrices];  // of its units in shared memory, bytes
+  int slots;              // for sums that a cluster's other blocks read: of so many tiles
   int scratch;            // what follows them: see below
   int shared_bytes;
 
@@ -35,7 +36,7 @@ struct Layout {
 };
 
 // Scratch: sums of each warp (attention's scores and probabilities lie there, too), sums for the other blocks of a
-// cluster (twice, by turns), each warp's statistics of a tile's rows, mean and rstd of all rows, the rows' sequences.
+// cluster, each warp's statistics of a tile's rows, mean and rstd of all rows, the rows' sequences.
 constexpr int kScoreStride = kMostTokens + 4, kProbabilityStride = kMostTokens + 8;  // so that rows do not share banks
 constexpr int kScoreBytes = kTile * kScoreStride * 4, kProbabilityBytes = kTile * kProbabilityStride * 2;
 constexpr int kAttentionBytes = kScoreBytes + kProbabilityBytes + kTile * 4;
@@ -60,8 +61,11 @@ ALBERT_BOTH int cluster_sum_bytes(const Layout& l) {
 //   - query, key and value of a head are one cluster's, so that its attention waits for no other;
 //   - dense and ffn_output are cut along their inputs: a cluster's blocks have a part of the same units each, read only
 //     that part of the activations, and add up through each other's shared memory.
-inline Layout make_layout(int hidden, int inner, int heads, int blocks, int cluster) {
+//
+// slots: 2 at least; as many as tiles spare all but one of a product's cluster barriers.
+inline Layout make_layout(int hidden, int inner, int heads, int blocks, int cluster, int slots) {
   Layout l{};
+  l.slots = slots;
   l.hidden = hidden;
   l.inner = inner;
   l.heads = heads;
@@ -80,7 +84,7 @@ inline Layout make_layout(int hidden, int inner, int heads, int blocks, int clus
     l.offset[matrix] = l.scratch;
     l.scratch += l.units[matrix] * l.chunks[matrix] * kChunkBytes;
   }
-  l.shared_bytes = l.scratch + warp_sum_bytes(l) + 2 * cluster_sum_bytes(l) + kPartialStatisticsBytes +
+  l.shared_bytes = l.scratch + warp_sum_bytes(l) + l.slots * cluster_sum_bytes(l) + kPartialStatisticsBytes +
                    kStatisticsBytes + kSequenceBytes;
   return l;
 }

@@ -132,9 +132,8 @@ struct Product {
     }
   }
 
-  // finish(row, column, two values): of each row and each two columns of the block's units.
-  template <class Finish>
-  ALBERT_DEVICE void add_up(const Four (&sums)[kMostUnits], int tile, Finish finish) {
+  // The sum over all warps of unit `block.warp`: there are as many warps as units at most.
+  ALBERT_DEVICE Four add_warps(const Four (&sums)[kMostUnits]) const {
     const int units = block.layout.units[share.matrix];
     Four* of_warps = block.warp_sums();
 #pragma unroll
@@ -144,32 +143,41 @@ struct Product {
     }
     sync_block();
     Four sum{};
-    const int u = block.warp;  // a unit each: there are as many warps as units at most
-    if (u < units)
-      for (int w = 0; w < kWarps; ++w) {
-        const Four part = of_warps[(u * kWarps + w) * kWarp + block.lane];
-        for (int i = 0; i < 4; ++i) sum.value[i] += part.value[i];
-      }
-    bool mine = u < units;
-    if (share.split()) {
-      Four* of_blocks = block.cluster_sums(block.turn);
-      block.turn ^= 1;
-      if (u < units) of_blocks[u * kWarp + block.lane] = sum;
-      sync_cluster();
-      mine = u < units && u % block.layout.cluster == share.rank();
-      if (mine) {
-        sum = Four{};
-        for (int rank = 0; rank < block.layout.cluster; ++rank) {
-          const Four part = load_of_cluster(of_blocks + u * kWarp + block.lane, rank);
-          for (int i = 0; i < 4; ++i) sum.value[i] += part.value[i];
-        }
-      }
-    }
-    const int unit = mine ? share.unit(u) : -1;
+    if (block.warp < units)
+      for (int w = 0; w < kWarps; ++w) add(sum, of_warps[(block.warp * kWarps + w) * kWarp + block.lane]);
+    return sum;
+  }
+  ALBERT_DEVICE static void add(Four& sum, const Four& x) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.value[i] += x.value[i];
+  }
+
+  // Calls finish(row, column, two values) for the lane's part of a tile's unit.
+  template <class Finish>
+  ALBERT_DEVICE void hand_over(const Four& sum, int tile, Finish finish) const {
+    const int unit = block.warp < block.layout.units[share.matrix] ? share.unit(block.warp) : -1;
     if (unit < 0) return;
-    for (int half = 0; half < 2; ++half) {
-      const int r = tile * kTile + block.row + half * 8;
-      finish(r, unit * kUnit + block.quad * 2, sum.value[2 * half], sum.value[2 * half + 1]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      finish(tile * kTile + block.row + half * 8, unit * kUnit + block.quad * 2, sum.value[2 * half],
+             sum.value[2 * half + 1]);
+  }
+
+  // The cluster's sums, tile by tile, once each block has left its own: of as many tiles at a time as there are slots, or
+  // of half as many, so that a block that is ahead does not write where others still read.
+  template <class Finish>
+  ALBERT_DEVICE void add_blocks(const Four& sum, int tile, Finish finish) const {
+    const int slots = block.layout.slots, tiles = block.tiles(), group = slots >= tiles ? tiles : slots / 2;
+    const int place = block.warp * kWarp + block.lane;
+    const auto slot = [&](int t) { return block.cluster_sums(t / group % 2 * group + t % group) + place; };
+    if (block.warp < block.layout.units[share.matrix]) *slot(tile) = sum;
+    if (tile % group != group - 1 && tile != tiles - 1) return;
+    sync_cluster();
+    if (block.warp >= block.layout.units[share.matrix] || block.warp % block.layout.cluster != share.rank()) return;
+    for (int t = tile / group * group; t <= tile; ++t) {
+      Four total{};
+      for (int rank = 0; rank < block.layout.cluster; ++rank) add(total, load_of_cluster(slot(t), rank));
+      hand_over(total, t, finish);
     }
   }
 
@@ -198,7 +206,11 @@ struct Product {
       }
       // Sums of the tile before may still be read; a product with LayerNorm has had its barrier.
       if (x.weight == nullptr && tile > 0) sync_block();
-      add_up(sums, tile, finish);
+      const Four sum = add_warps(sums);
+      if (share.split())
+        add_blocks(sum, tile, finish);
+      else
+        hand_over(sum, tile, finish);
     }
   }
 };
