@@ -5,7 +5,6 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,26 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
-def _interpret_quickly() -> None:
-    """Triton's interpreter patches its language before each call of each device function, which takes a quarter of its
-    time. Within a kernel once is enough."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_once(function: Any) -> Any:
-        found = [value for value in function.__globals__.values() if value is language or value is language.core]
-        if found and not any(language.core.is_builtin(module.load) for module in found):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    interpreter._patch_lang = patch_once
-
-
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
-    _interpret_quickly()
+    from interpreter import interpret_quickly
+
+    interpret_quickly()
 
 # Helpers that assert: pytest then shows the values, as it does for asserts in the tests themselves.
 pytest.register_assert_rewrite("ops.parity")

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,28 @@ def quick_probes(monkeypatch):
     """The machine's rate from products that take no time: nobody looks at its value here."""
     monkeypatch.setattr(flops, "_CPU_SIZES", ((64, 64, 64),))
     monkeypatch.setattr(flops, "_PROBE_SECONDS", 0.0)
+
+
+class Here:
+    """Stands in for a worker, without the seconds that a process takes to start."""
+
+    def __init__(self, peer, config, state_dict, batch, mode, dtype):
+        self.peer, self.batch, self.mode = peers.PEERS[peer](), batch, mode
+        self.peer.build(config, dict(state_dict), dtype, CPU, batch)
+
+    def results(self):
+        return parity.results(self.peer, self.batch, self.mode)
+
+    def seconds(self):
+        begin = time.perf_counter()
+        peers.call(self.peer, self.batch, self.mode)
+        return time.perf_counter() - begin
+
+    def peak_bytes(self):
+        return worker.peak_resident_bytes()
+
+    def close(self):
+        pass
 
 
 def options(*arguments: str):
@@ -277,12 +300,12 @@ def test_who_is_wrong_or_absent_gets_no_figure(config_file, monkeypatch):
         name = "absent"
         packages = ("abacus_of_nowhere",)
 
-    class Wrong(Worker):
+    class Wrong(Here):
         """Right but for one row of hidden states, and one gradient."""
 
         def results(self):
             results = super().results()
-            if self.peer == "reference":
+            if self.peer.name == "reference":
                 for name in {"hidden states", "predictions.bias"} & set(results):
                     results[name][0] += 0.01
             return results
@@ -427,7 +450,10 @@ def test_the_commit(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- all of it
 
 
-def test_the_command(config_file, tmp_path, capsys):
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "processes"])
+def test_the_command(processes, config_file, tmp_path, capsys, monkeypatch):
+    if not processes:
+        monkeypatch.setattr(run, "Worker", Here)
     file = tmp_path / "report.json"
     arguments = ["--config", config_file, "--shapes", "3x24:ragged", "--mode", "inference", "--dtype", "autocast,int8"]
     assert cli.main(["bench", *arguments, "--repeats", "2", "--json", str(file)]) == 0

@@ -50,8 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all states": {"return_all": True},
     "one layer": {"hidden_dropout_p": 0.1, "attention_dropout_p": 0.1, "bias": True, "return_all": True},
     "everything": {
-        "num_layers": 3,
-        "num_groups": 3,
+        "num_layers": 2,
+        "num_groups": 2,
         "inner_group_num": 2,
         "hidden_dropout_p": 0.1,
         "attention_dropout_p": 0.1,
@@ -274,14 +274,14 @@ def test_which_layer_a_pass_uses(num_layers, num_groups, inner):
 
 
 @parametrize_implementation
-@parametrize_recompute
 @pytest.mark.parametrize("variant", ["dropout", "groups", "everything"])
-def test_recomputing_changes_nothing(implementation, recompute, variant, device, monkeypatch):
+def test_recomputing_changes_nothing(implementation, variant, device, monkeypatch):
     case = Case([9, 0, 4], device=device, **VARIANTS[variant])
     function = case.implementation(implementation, monkeypatch)
     kept = differentiate(function, case.tensors, case.upstream)
-    case.options["recompute"] = recompute
-    case.assert_close(differentiate(function, case.tensors, case.upstream), kept)
+    for recompute in ("ffn", "layer"):
+        case.options["recompute"] = recompute
+        case.assert_close(differentiate(function, case.tensors, case.upstream), kept)
 
 
 @parametrize_implementation
