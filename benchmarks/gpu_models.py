@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -81,6 +82,23 @@ class CompiledForLatency(Compiled):
     """With CUDA graphs."""
 
     options: ClassVar[dict[str, Any]] = {"mode": "reduce-overhead"}
+
+
+class Apart(AlbertFast):
+    """This package without the products of cuBLASLt that end in an activation."""
+
+    name = "albert_fast without cuBLASLt"
+
+    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        before = os.environ.get("ALBERT_FAST_CUBLASLT")
+        os.environ["ALBERT_FAST_CUBLASLT"] = "0"
+        try:
+            return super().loss_and_gradients(batch, scale)
+        finally:
+            if before is None:
+                del os.environ["ALBERT_FAST_CUBLASLT"]
+            else:
+                os.environ["ALBERT_FAST_CUBLASLT"] = before
 
 
 class Graphed(AlbertFast):

@@ -31,6 +31,9 @@ COLUMNS = (
     Column("of", "limit", "{:.1e}"),
 )
 
+PROBED = "what it rests on"
+BATCHES, TINY_BATCHES = ([8], [16], [32], [64], [128], [40, 9, 30, 17, 32]), ([3, 2],)
+
 CLUSTERS, BLOCKS, TRITON = OURS, f"{OURS} without clusters", f"{OURS} by Triton"
 PROBES = {
     "grid barrier": ("grid_barrier", "microseconds"),
@@ -122,16 +125,18 @@ def measure(case: Case, lengths: list[int]) -> None:
         }
 
 
+def name_of(lengths: list[int]) -> str:
+    return f"{sum(lengths)} tokens" + (f" in {len(lengths)} rows" if len(lengths) > 1 else "")
+
+
 def main(arguments: list[str] | None = None) -> None:
     stage = Stage("resident", COLUMNS, arguments)
     on_gpu = stage.device.type == "cuda"
     if on_gpu:
-        stage.run("what it rests on", {}, tuple(PROBES), probe)
-    batches = [[3, 2]] if stage.tiny else [[8], [16], [32], [64], [128], [40, 9, 30, 17, 32]]
-    for lengths in batches:
-        name = f"{sum(lengths)} tokens" + (f" in {len(lengths)} rows" if len(lengths) > 1 else "")
+        stage.run(PROBED, {}, tuple(PROBES), probe)
+    for lengths in TINY_BATCHES if stage.tiny else BATCHES:
         peers = (CLUSTERS, BLOCKS, TRITON) if on_gpu else (CLUSTERS, BLOCKS)
-        stage.run(name, {"lengths": lengths}, peers, lambda case, lengths=lengths: measure(case, lengths))
+        stage.run(name_of(lengths), {"lengths": lengths}, peers, lambda case, lengths=lengths: measure(case, lengths))
 
 
 if __name__ == "__main__":

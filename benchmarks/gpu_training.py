@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from gpu_attention import FILL, ragged_lengths
-from gpu_models import Compiled, configuration, make_batch, weights
+from gpu_models import Apart, Compiled, configuration, make_batch, weights
 from gpu_stage import OURS, Case, Column, Row, Stage, datasheet_tflops
 from gpu_timing import held_bytes, matrix_tflops, peak_bytes
 from torch import Tensor
@@ -97,6 +97,8 @@ class Comparison:
         case.work["backends"] = serving_backends(self.config, device, FORMATS[DTYPE].activations)
 
     def peer(self, name: str) -> Peer:
+        if name == Apart.name:
+            return Apart()
         if name != COMPILED:
             return PEERS[name]()
         peer = Compiled()
@@ -114,7 +116,7 @@ class Comparison:
         expected = {name: value.to(device) for name, value in self.expected.items()}
         error = parity.error(parity.results(peer, self.batch, "training"), expected)
         del expected
-        limit = self.limits[0 if row.peer == OURS else 1]
+        limit = self.limits[0 if row.peer in (OURS, Apart.name) else 1]
         self.case.judge(row, {"loss and gradients": error}, {"loss and gradients": limit})
         if not row.passed:
             return None
@@ -180,7 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
         stage.facts["matrix_tflops"] = matrix_tflops(stage.device, 64 if stage.tiny else 8192)
     for work in works(stage.tiny):
         facts = {"config": work.config, "rows": work.rows, "length": work.length, "dtype": DTYPE}
-        stage.run(work.name, facts, ALL, lambda case, work=work: measure(case, work))
+        peers = (OURS, Apart.name, *ALL[1:]) if work.config == "base" else ALL
+        stage.run(work.name, facts, peers, lambda case, work=work: measure(case, work))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 """Compiles every kernel for every architecture, without a GPU, and checks what comes of it.
 
-Usage: python -m albert_fast.kernels.aot [--all [--variants 80,90,100]] [--only KERNEL] [--architectures 80,90,100]
-                                         [--jobs N] [--json FILE]
-       python -m albert_fast.kernels.aot --update
+Usage: python -m albert_fast.kernels.aot [--all [--more 80,90,100]] [--only KERNEL] [--architectures 80,90,100]
+                                         [--jobs N] [--json FILE] [--update]
 
-`calls` and, with --all, `variants` run the host functions of this folder under `launch.recording`, on tensors without
-memory, so that what is compiled is what they launch; the signature comes from Triton's own just-in-time compiler. For
-each kernel, dtype, architecture and configuration (the default ones; with --all those that tuning chooses among) it
-prints registers, spilled bytes, shared memory and the instruction that products became, and exits with 1 where
+`calls` and `variants` run the host functions of this folder under `launch.recording`, on tensors without memory, so
+that what is compiled is what they launch; the signature comes from Triton's own just-in-time compiler. What is covered:
+
+- what `calls` launches, ALBERT base in training, in bfloat16 and float32, for each architecture, in its default
+  configuration;
+- with --all, for one architecture (9.0, and 8.0 for float32; --more names others), what tuning chooses among for these
+  calls, and what `variants` launches: other sizes, options and parameters, one or a few at a time, in their default
+  configurations. All of it for all architectures is twice as much.
+
+For each it prints registers, spilled bytes, shared memory and the instruction that products became. It exits with 1
+where
 
 - a kernel does not compile, in half precision has a product that is not on tensor cores, or in single precision has
   one that is;
 - a default configuration spills registers or does not fit into shared memory;
 - something is worse than in the table that is committed for this version of Triton, aot_table.json: more than a few
-  registers more, spills where there were none, more shared memory, a lesser instruction. --update writes the table.
+  registers more, spills where there were none, more shared memory, a lesser instruction. --update writes what was
+  compiled to the table; with --all nothing else stays there.
 
 What was measured is kept in the cache folder of `albert_fast.native` by what it was measured on: kernel and helpers,
 signature, constants, configuration, architecture, version of Triton. A second run takes seconds.
@@ -60,6 +67,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 DEFAULT_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512  # columns, of compute capability 10.0
+# Where --all compiles more than `calls` by default, by size of the elements: 9.0 is what most GPUs in use with half
+# precision are, and on 8.0 float32, without wgmma or room in shared memory, is tightest.
+MORE = {2: (90,), 4: (80,), 8: (80,)}
 # By how many registers two builds may differ: compilers change.
 REGISTER_TOLERANCE = 8
 # What products become, the better the later; "fma" is none of the tensor cores'.
@@ -106,6 +116,17 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------- what to do
 
 
+def _target(architecture: int) -> GPUTarget:
+    return GPUTarget("cuda", architecture, 32)
+
+
+@functools.cache
+def _binder(kernel: Any, architecture: int) -> tuple[Any, Callable[..., Any]]:
+    """The compiler's backend, and what sorts arguments into a signature and constants."""
+    backend = make_backend(_target(architecture))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 @dataclass(frozen=True)
 class Job:
     """One launch, for one architecture, in one configuration."""
@@ -119,21 +140,20 @@ class Job:
     def source_and_options(self) -> tuple[ASTSource, Mapping[str, Any]]:
         """As the just-in-time compiler has them for these arguments."""
         kernel = self.launch.kernel
-        backend = make_backend(self.target)
+        backend, binder = _binder(kernel, self.architecture)
         options = {
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
             "enable_fp_fusion": True,
         }
         arguments = {**self.launch.arguments, **self.launch.constants, **self.config.blocks, **options}
-        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, _ = binder(**arguments)
         parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
         return ASTSource(kernel, signature, constants, attributes), vars(parsed)
 
     @property
     def target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
+        return _target(self.architecture)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -327,10 +347,12 @@ def read_table(path: Path, version: str) -> dict[str, Measured]:
     return {name: Measured(*values) for name, values in json.loads(path.read_text()).get(version, {}).items()}
 
 
-def write_table(path: Path, version: str, rows: Iterable[Row]) -> None:
-    """Replaces the rows of this version; a row a line, so that a change shows as one."""
+def write_table(path: Path, version: str, rows: Iterable[Row], *, whole: bool) -> None:
+    """Writes rows of this version, in place of all others where they are the `whole` of it. A row a line, so that a
+    change shows as one."""
     versions = json.loads(path.read_text()) if path.is_file() else {}
-    versions[version] = {row.name: list(asdict(row.measured).values())[:-1] for row in rows}
+    before = {} if whole else versions.get(version, {})
+    versions[version] = before | {row.name: list(asdict(row.measured).values())[:-1] for row in rows}
     texts = []
     for name, committed in sorted(versions.items()):
         lines = ",\n".join(f"  {json.dumps(row)}: {json.dumps(values)}" for row, values in sorted(committed.items()))
@@ -462,14 +484,12 @@ def variants(dtype: torch.dtype) -> None:
     call.encoder(0.1, longest=128, activation="gelu", recompute="layer")
     call.encoder(0.1, longest=128, activation="relu", recompute="ffn")
     call.encoder(0.0, longest=512)
-    for width in (2048, 4096):
-        call.encoder(0.1, longest=128, width=width)
-        call.dropout_add_layer_norm(0.1, width)
+    call.dropout_add_layer_norm(0.1, width=2048)
+    call.encoder(0.1, longest=128, width=4096)
     call.attention(64, longest=512, dropout_p=0.1, causal=True, biased=True)
     call.attention(128, longest=128, dropout_p=0.1)
     if dtype == torch.bfloat16:
         call.attention(32, longest=128, dropout_p=0.0)
-        call.attention(64, longest=512, dropout_p=0.0, causal=True)
         call.attention(64, longest=512, dropout_p=0.0, biased=True)
         call.attention(128, longest=512, dropout_p=0.1, causal=True, biased=True)
 
@@ -492,37 +512,44 @@ def main(
     table: Path = TABLE,
 ) -> int:
     parser = argparse.ArgumentParser(prog="python -m albert_fast.kernels.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--all", action="store_true", help="all configurations, and `variants`")
+    parser.add_argument("--all", action="store_true", help="configurations for tuning, and `variants`, too")
     parser.add_argument("--only", metavar="KERNEL", default="", help="kernels whose name has this in it")
     parser.add_argument("--architectures", type=_architectures, metavar="80,90,100", default=ARCHITECTURES)
-    parser.add_argument("--variants", type=_architectures, metavar="80,90,100", help="with --all: for these alone")
+    parser.add_argument("--more", type=_architectures, metavar="80,90,100", help="what --all adds is for these")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows there, too")
-    parser.add_argument("--update", action="store_true", help="writes the committed table; implies --all")
+    parser.add_argument("--update", action="store_true", help="writes the rows of this run to the committed table")
     options = parser.parse_args(arguments)
-    architectures, variants_on = options.architectures, options.variants or options.architectures
-    if options.update and (options.only or {*architectures} & {*variants_on} != {*ARCHITECTURES}):
-        parser.error("--update writes the whole table: without --only, --architectures and --variants")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled")
 
     start = time.perf_counter()
-    todo = jobs(record(calls), architectures, options.all or options.update)
-    if options.all or options.update:
-        todo = unique([*todo, *jobs(record(variants, (*DTYPES, torch.float16)), variants_on, False)])
-    todo = [job for job in todo if options.only in job.launch.kernel.__name__]
-    names = names_of_variants(todo)
+    launches = record(calls)
+    basic = {job.digest for job in jobs(launches, ARCHITECTURES, False)}
+    more = jobs(record(variants, (*DTYPES, torch.float16)), ARCHITECTURES, False)
+    every = unique([*jobs(launches, ARCHITECTURES, True), *more])
+    # Names are the same whichever part of it is compiled.
+    names = {job.digest: name for job, name in zip(every, names_of_variants(every), strict=True)}
+
+    def wanted(job: Job) -> bool:
+        more_on = options.more or MORE[job.launch.dtype.itemsize]
+        return job.digest in basic or (options.all and job.architecture in more_on)
+
+    scope = [job for job in every if wanted(job)]
+    todo = [
+        job for job in scope if options.only in job.launch.kernel.__name__ and job.architecture in options.architectures
+    ]
     rows = [
         Row(
             job.launch.kernel.__name__,
-            variant,
+            names[job.digest],
             job.architecture,
             str(job.launch.dtype).removeprefix("torch."),
             str(job.config),
             job.default,
             measured,
         )
-        for job, variant, measured in zip(todo, names, measure_all(todo, options.jobs), strict=True)
+        for job, measured in zip(todo, measure_all(todo, options.jobs), strict=True)
     ]
     rows.sort(key=lambda row: (row.kernel, row.dtype, row.variant, row.architecture, not row.default))
     print_rows(rows)
@@ -530,7 +557,7 @@ def main(
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     committed = read_table(table, triton.__version__)
     if options.update:
-        write_table(table, triton.__version__, rows)
+        write_table(table, triton.__version__, rows, whole=options.all and len(todo) == len(scope))
         committed = read_table(table, triton.__version__)
     found = [(row, problem) for row in rows for problem in check(row, committed)]
     took = time.perf_counter() - start

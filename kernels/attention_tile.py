@@ -28,10 +28,8 @@ def tiles(
     sm_90: Sequence[Cut],
     sm_100: Sequence[Cut],
     single: Sequence[Cut] = (),
-    single_80: Sequence[Cut] = (),
 ) -> Tiles:
-    """A table. `single` is for float32, whose products run on the FMA units, on every architecture; `single_80` on 8.0
-    in its place."""
+    """A table. `single` is for float32, whose products run on the FMA units, on every architecture."""
 
     def configs(cuts: Sequence[Cut]) -> list[Config]:
         return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in cuts]
@@ -41,7 +39,7 @@ def tiles(
     return Tiles(
         Config({"BLOCK_M": interpreter[0], "BLOCK_N": interpreter[1]}),
         half={80: configs(sm_80), 90: configs(sm_90), 100: configs(sm_100)},
-        single={80: configs(single_80 or single), 90: configs(single), 100: configs(small)},
+        single={80: configs(single), 90: configs(single), 100: configs(small)},
     )
 
 

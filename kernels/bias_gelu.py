@@ -25,7 +25,8 @@ FORWARD_TILES = Tiles(
 )
 BACKWARD_TILES = Tiles(
     interpreter=Config({"ROWS": 32, "COLUMNS": 256, "STAGES": 1}),
-    half=dict.fromkeys(ARCHITECTURES, _BACKWARD),
+    # With 8 rows the tanh form without a bias spills on 9.0.
+    half={80: _BACKWARD, 90: _BACKWARD[::-1], 100: _BACKWARD},
     single=dict.fromkeys(ARCHITECTURES, _BACKWARD[::-1]),
 )
 

@@ -16,7 +16,7 @@ from albert_fast import backends
 from albert_fast.kernels import dropout
 from albert_fast.kernels import layer_norm_backward as rows
 from albert_fast.kernels.launch import launch
-from albert_fast.kernels.layer_norm_backward import row_ends, row_statistics, token_keep_mask
+from albert_fast.kernels.layer_norm_backward import row_statistics
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "eps", "scale", "keep_limit", "site"])
@@ -70,8 +70,8 @@ def layer_norm_forward_kernel(
     if DROPOUT:
         end, step = 0, 0
         if cu_seqlens is not None:
-            end, step = row_ends(cu_seqlens, batch, 0, OFFSETS)
-        keep = token_keep_mask(
+            end, step = dropout.row_ends(cu_seqlens, batch, 0, OFFSETS)
+        keep = dropout.token_keep_mask(
             token, cu_seqlens, batch, end, step, tl.load(seed), site, keep_limit, BLOCK, OFFSETS, MORE_OFFSETS
         )
         summed = tl.where(keep, summed * scale, 0.0)
@@ -149,7 +149,7 @@ def layer_norm_forward(
         key=(block, dropout_p > 0),
         BLOCK=block,
         DROPOUT=dropout_p > 0,
-        **rows.offsets_block(cu_seqlens, dropout_p),
+        **dropout.offsets_block(cu_seqlens, dropout_p),
     )
     return out
 

@@ -23,11 +23,8 @@ from albert_fast.kernels.launch import launch
 from albert_fast.kernels.layer_norm_backward import (
     block_of,
     gradient_of_sum,
-    offsets_block,
-    row_ends,
     row_statistics,
     row_tiles,
-    token_keep_mask,
     warps_of,
 )
 from albert_fast.kernels.segment_sum import segment_sum, sparse_segment_sum
@@ -146,8 +143,8 @@ def embed_layer_norm_kernel(
     if DROPOUT:
         end, step = 0, 0
         if cu_seqlens is not None:
-            end, step = row_ends(cu_seqlens, batch, 0, OFFSETS)
-        keep = token_keep_mask(
+            end, step = dropout.row_ends(cu_seqlens, batch, 0, OFFSETS)
+        keep = dropout.token_keep_mask(
             token, cu_seqlens, batch, end, step, tl.load(seed), site, keep_limit, BLOCK, OFFSETS, MORE_OFFSETS
         )
         normed = tl.where(keep, normed * scale, 0.0)
@@ -202,7 +199,7 @@ def embed_layer_norm_backward_kernel(
     if DROPOUT:
         key = tl.load(seed)
         if cu_seqlens is not None:
-            end, step = row_ends(cu_seqlens, batch, 0, OFFSETS)
+            end, step = dropout.row_ends(cu_seqlens, batch, 0, OFFSETS)
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_type0 = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -236,7 +233,7 @@ def embed_layer_norm_backward_kernel(
             EMBEDS,
         )  # [ROWS, BLOCK]
         if DROPOUT:
-            keep = token_keep_mask(
+            keep = dropout.token_keep_mask(
                 token, cu_seqlens, batch, end, step, key, site, keep_limit, BLOCK, OFFSETS, MORE_OFFSETS
             )
             grad = tl.where(keep, grad * scale, 0.0)
@@ -315,7 +312,7 @@ def embed_layer_norm(
         BLOCK=block,
         EMBEDS=inputs.is_floating_point(),
         DROPOUT=dropout_p > 0,
-        **offsets_block(cu_seqlens, dropout_p),
+        **dropout.offsets_block(cu_seqlens, dropout_p),
     )
     return y
 
@@ -395,7 +392,7 @@ def _backward(
         EMBEDS=embeds,
         TYPES=few_types,
         DROPOUT=dropout_p > 0,
-        **offsets_block(cu_seqlens, dropout_p),
+        **dropout.offsets_block(cu_seqlens, dropout_p),
     )
     if few_types:
         grad_type = torch.empty(token_type.shape, dtype=word.dtype, device=word.device)

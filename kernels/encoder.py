@@ -1,5 +1,7 @@
 """The shared-layer loop on a GPU: cuBLAS's products, and between them the kernels of this package.
 
+`albert_fast.kernels.products` has the products that cuBLASLt may do together with what follows them.
+
 `albert_fast.ops.encoder` has the mathematics. What forward keeps for backward is 20 bytes x hidden for each token and
 pass in half precision (qkv 6, context 2, both sums 4, inner 8 at four times the hidden size), and the statistics of the
 rows: a pass's input is rebuilt from the sum before it.
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from albert_fast.kernels.attention_backward import attention_backward
 from albert_fast.kernels.attention_forward import attention
-from albert_fast.kernels.bias_gelu import gelu, gelu_backward
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
+from albert_fast.kernels.products import activation_gradient, add_weight_gradient, linear_activation
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
@@ -29,7 +31,8 @@ GATHERED_TOKENS = 16384
 
 
 class _Layer(NamedTuple):
-    """A layer's tensors: matrices in the dtype of the products, query, key and value as one; vectors as they are."""
+    """A layer's tensors: matrices, and biases that products add, in the dtype of the products; query, key and value as
+    one; other vectors as they are."""
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -60,7 +63,7 @@ def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[_Layer]:
                 attention_norm,
                 attention_norm_bias,
                 ffn.to(dtype),
-                ffn_bias,
+                ffn_bias.to(dtype),
                 ffn_output.to(dtype),
                 ffn_output_bias,
                 *norm,
@@ -78,7 +81,7 @@ class _Kept(NamedTuple):
     summed: Tensor  # [tokens, hidden], input of the first LayerNorm
     output_summed: Tensor  # [tokens, hidden], input of the second
     statistics: Tensor  # [2, 2, tokens]: of the first and of the second, mean and 1 / standard deviation
-    inner: Tensor | None  # [tokens, intermediate], the product before bias and activation
+    inner: Tensor | None  # [tokens, intermediate], the activation's input
 
     def of_pass(self, index: int) -> _Kept:
         return _Kept._make(None if tensor is None else tensor[index] for tensor in self)
@@ -205,11 +208,10 @@ class _Loop:
         """
         assert kept.inner is not None
         if wide is None and h.is_cuda and self.form in ("tanh", "relu"):
-            bias = layer.ffn_bias.to(h.dtype)
             use_gelu = self.form == "tanh"
-            return torch._addmm_activation(bias, h, layer.ffn_weight.t(), use_gelu=use_gelu, out=kept.inner)
-        torch.mm(h, layer.ffn_weight.t(), out=kept.inner)
-        return gelu(kept.inner, layer.ffn_bias, self.form, out=kept.inner if wide is None else wide)
+            return torch._addmm_activation(layer.ffn_bias, h, layer.ffn_weight.t(), use_gelu=use_gelu, out=kept.inner)
+        out = kept.inner if wide is None else wide
+        return linear_activation(h, layer.ffn_weight, layer.ffn_bias, self.form, kept.inner, out)
 
     # ------------------------------------------------------------------------------------------------------ backward
 
@@ -244,14 +246,13 @@ class _Loop:
             h = layer_norm_apply(
                 kept.summed, layer.attention_norm_weight, layer.attention_norm_bias, kept.statistics[0]
             )
-            inner = h @ layer.ffn_weight.t()
-        torch.mm(grad_output, layer.ffn_output_weight, out=gathered.grad_inner)
-        gelu_backward(
-            gathered.grad_inner,
+            inner = torch.addmm(layer.ffn_bias, h, layer.ffn_weight.t())
+        activation_gradient(
+            grad_output,
+            layer.ffn_output_weight,
             inner,
-            layer.ffn_bias,
             self.form,
-            grad_x=gathered.grad_inner,
+            grad_inner=gathered.grad_inner,
             activated=gathered.activated,
             sums=sums.ffn_bias,
         )
@@ -323,9 +324,11 @@ class _LayerGradients:
             "ffn": (gathered.grad_inner, gathered.h),
             "ffn_output": (gathered.grad_output, gathered.activated),
         }
+        # The other biases' gradients came with those of what follows them.
+        sums = {"qkv": self.qkv_bias}
         for name, (grad, x) in products.items():
-            self.matrices[name] = _add_product(self.matrices.get(name), grad.flatten(0, 1), x.flatten(0, 1))
-        self.qkv_bias += gathered.grad_qkv.sum(dim=(0, 1), dtype=torch.float32)
+            total = self.matrices.get(name)
+            self.matrices[name] = add_weight_gradient(total, grad.flatten(0, 1), x.flatten(0, 1), sums.get(name))
 
     def by_parameter(self) -> list[Tensor]:
         """In the order of a layer's parameters; some are views of one tensor."""
@@ -335,18 +338,6 @@ class _LayerGradients:
         others = [self.matrices["dense"], dense_bias, attention_norm_weight, attention_norm_bias, self.matrices["ffn"]]
         others += [self.ffn_bias, self.matrices["ffn_output"], ffn_output_bias, norm_weight, norm_bias]
         return [part for pair in apart for part in pair] + others
-
-
-def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
-    """total + gradᵀ x in float32, in place; `total` None is zero."""
-    beta = 0.0 if total is None else 1.0
-    if total is None:
-        total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
-    if grad.dtype == torch.float32:
-        return torch.addmm(total, grad.t(), x, beta=beta, out=total)
-    if not grad.is_cuda:  # PyTorch has products with wider results on GPUs only
-        return torch.addmm(total, grad.t().float(), x.float(), beta=beta, out=total)
-    return torch.addmm(total, grad.t(), x, out_dtype=torch.float32, beta=beta, out=total)
 
 
 # ------------------------------------------------------------------------------------------------- the implementations

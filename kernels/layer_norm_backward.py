@@ -59,66 +59,6 @@ def row_tiles(
     return Tiles(interpreter=Config({"ROWS": 16, **loop}), half=each(half), single=each(single))
 
 
-# ---------------------------------------------------------------------------------------------------------- coordinates
-
-
-def offsets_block(cu_seqlens: Tensor | None, dropout_p: float) -> dict[str, int | bool]:
-    """Constants of the kernels that draw masks: how many offsets they hold, and whether there are more than that.
-
-    A loop over offsets would keep the loop over rows around it from being pipelined; up to 512 rows have none.
-    """
-    batch = 0 if cu_seqlens is None or dropout_p == 0.0 else cu_seqlens.numel() - 1
-    return {"OFFSETS": 128 if batch <= 128 else 512, "MORE_OFFSETS": batch > 512}
-
-
-@triton.jit
-def row_ends(cu_seqlens, batch, first, OFFSETS: tl.constexpr):
-    """Ends of the packed rows from `first` on, int32 [OFFSETS], and what each adds: see `token_coordinates`."""
-    index = first + tl.arange(0, OFFSETS)
-    inside = index < batch
-    end = tl.load(cu_seqlens + index + 1, mask=inside, other=2147483647)
-    length = end - tl.load(cu_seqlens + index, mask=inside, other=0)
-    # One sum counts rows in its high word and their tokens in its low word.
-    return end, length.to(tl.int64) + 4294967296
-
-
-@triton.jit
-def token_coordinates(token, cu_seqlens, batch, end, step, OFFSETS: tl.constexpr, MORE_OFFSETS: tl.constexpr):
-    """Row and position of packed tokens [rows], as `albert_fast.ops.dropout.token_coordinates` has them, int32.
-
-    `end, step` are `row_ends` of the first OFFSETS rows: they are loaded once, before the loop over tokens.
-    """
-    before = tl.sum(tl.where(end[None, :] <= token[:, None], step[None, :], 0), axis=1)
-    if MORE_OFFSETS:
-        for first in tl.range(OFFSETS, batch, OFFSETS):
-            end, step = row_ends(cu_seqlens, batch, first, OFFSETS)
-            before += tl.sum(tl.where(end[None, :] <= token[:, None], step[None, :], 0), axis=1)
-    return (before >> 32).to(tl.int32), token - before.to(tl.int32)
-
-
-@triton.jit
-def token_keep_mask(
-    token,
-    cu_seqlens,
-    batch,
-    end,
-    step,
-    seed,
-    site,
-    keep_limit,
-    BLOCK: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    MORE_OFFSETS: tl.constexpr,
-):
-    """Which elements of packed tokens [rows] survive, bool [rows, BLOCK]. `seed` is the key itself."""
-    if cu_seqlens is None:
-        row, position = tl.zeros_like(token), token
-    else:
-        row, position = token_coordinates(token, cu_seqlens, batch, end, step, OFFSETS, MORE_OFFSETS)
-    group = tl.arange(0, BLOCK // 4)
-    return dropout.keep_mask(seed, site, row[:, None], position[:, None], group[None, :], keep_limit)
-
-
 # ------------------------------------------------------------------------------------------------------------ LayerNorm
 
 
@@ -193,7 +133,7 @@ def layer_norm_backward_kernel(
     if DROPOUT:
         key = tl.load(seed)
         if cu_seqlens is not None:
-            end, step = row_ends(cu_seqlens, batch, 0, OFFSETS)
+            end, step = dropout.row_ends(cu_seqlens, batch, 0, OFFSETS)
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_ln_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -207,7 +147,7 @@ def layer_norm_backward_kernel(
         grad = tl.load(grad_output + row * stride_grad + column[None, :], mask=mask, other=0.0).to(tl.float32)
         summed = tl.load(x + row * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep = token_keep_mask(
+            keep = dropout.token_keep_mask(
                 token, cu_seqlens, batch, end, step, key, site, keep_limit, BLOCK, OFFSETS, MORE_OFFSETS
             )
         if SAVED:
@@ -297,6 +237,6 @@ def run(
         BLOCK=block,
         SAVED=statistics is not None,
         DROPOUT=dropout_p > 0,
-        **offsets_block(cu_seqlens, dropout_p),
+        **dropout.offsets_block(cu_seqlens, dropout_p),
     )
     column_sum(partials, vectors, accumulate=accumulate)

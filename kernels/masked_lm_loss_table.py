@@ -184,7 +184,7 @@ TILES = {
             90: (_config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(128, 32, 4, 4)),
             100: (_config(128, 64, 8, 3), _config(64, 64, 4, 3)),
         },
-        single=dict.fromkeys(ARCHITECTURES, (_config(32, 64, 8, 2), _config(32, 32, 4, 2), _config(64, 64, 8, 2))),
+        single=dict.fromkeys(ARCHITECTURES, (_config(32, 64, 8, 1), _config(32, 64, 8, 2), _config(64, 64, 8, 2))),
     ),
     256: Tiles(
         _INTERPRETER,

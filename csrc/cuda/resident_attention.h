@@ -140,8 +140,7 @@ struct Attention {
       const int tile = part % tiles, i = part / tiles;
       const int head = l.cluster == 1 ? i : block.index / l.cluster + i * l.clusters();
       const Keys all = keys(tile);
-      sync_block();  // what the part before had here has been read
-      score(tile, head, all);
+      score(tile, head, all);  // the scores of the part before were read before its last barrier
       sync_block();
       softmax(all);
       sync_block();

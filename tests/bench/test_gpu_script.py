@@ -548,28 +548,35 @@ def test_targets(script):
             ("base 32x512 ragged", "transformers-compile", {"ratio": 9.9}),
         ],
         "loss": [("2458 of 16384 tokens labelled", OURS, {"microseconds": 219.0})],
+        "resident": [
+            ("what it rests on", "grid barrier", {"microseconds": 1.6}),
+            ("16 tokens", OURS, {"microseconds": 99.0}),
+        ],
     }
     stages = {
         name: {"cases": [{"name": case, "rows": [{"peer": peer, **row}]} for case, peer, row in rows]}
         for name, rows in cases.items()
     }
     report = {"tiny": False, "stages": stages}
-    assert [target["met"] for target in module.judged(report)] == [True, False, True, None, True, None, None]
+    met = [target["met"] for target in module.judged(report)]
+    assert met == [True, False, True, None, True, None, False, True, None, None]
     assert all(target["met"] is None for target in module.judged({**report, "tiny": True}))
 
 
 def test_the_cases_of_the_targets_exist(script):
     """A renamed case would leave its target unmeasured for ever."""
-    attention, loss, training = (script(f"gpu_{name}") for name in ("attention", "loss", "training"))
+    stages = ("attention", "loss", "training", "resident")
+    attention, loss, training, resident = (script(f"gpu_{name}") for name in stages)
     tokens, labelled = loss.SIZES[2:]
     names = {
         "attention": {work.name for work in attention.works(tiny=False)},
         "loss": {f"{some} of {tokens} tokens labelled" for some in (labelled, tokens)},
         "training": {work.name for work in training.works(tiny=False)},
+        "resident": {resident.PROBED, *map(resident.name_of, resident.BATCHES)},
     }
     for target in script("gpu_report").TARGETS:
         assert target.case in names[target.stage]
-        assert target.peer in (OURS, *training.ALL)
+        assert target.peer in (OURS, *training.ALL, *resident.PROBES)
 
 
 def test_clocks_are_read_where_there_is_nvidia_smi(gpu, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_grids_hold_many_tokens(monkeypatch):
 # -------------------------------------------------------------------------------------------------- kernels with faults
 
 MADE_UP = """
+import json
 import sys
 from pathlib import Path
 
@@ -126,16 +127,24 @@ def main(calls, *arguments):
 
 
 def case(name, status):
-    print(f"== {name}: {status}", flush=True)
+    table = Path(sys.argv[1])
+    (rows,) = json.loads(table.read_text()).values()
+    print(f"== {name}: {status}, {len(rows)} rows", flush=True)
 
 
-good, wide, spilling, large = config(64, 64), config(128, 128), config(128, 64, 1), config(64, 1024, 8)
-case("committed", main(run(good, wide), "--update"))
+good, wide, small = config(64, 64), config(128, 128), config(32, 64)
+spilling, large = config(128, 64, 1), config(64, 1024, 8)
+sys.stderr = sys.stdout
+case("default", main(run(good, wide), "--update"))
+case("more", main(run(good, wide), "--update", "--all"))
+case("committed", main(run(good, wide), "--update", "--all", "--more", "80,90,100"))
 case("again", main(run(good, rows=63)))
+case("another default", main(run(small, wide), "--update"))
+case("another and no more", main(run(small), "--update", "--all"))
 case("spilling by default", main(run(spilling), "--architectures", "80"))
-case("spilling otherwise", main(run(good, spilling), "--architectures", "80", "--all"))
+case("spilling otherwise", main(run(good, spilling), "--architectures", "80", "--all", "--more", "80"))
 case("large by default", main(run(large), "--architectures", "80,90"))
-case("large otherwise", main(run(good, large), "--architectures", "80", "--all"))
+case("large otherwise", main(run(good, large), "--architectures", "90", "--all"))
 case("without tensor cores", main(run(config(16, 16), halve=True), "--architectures", "90"))
 case("wrong", main(run(config(63, 64)), "--architectures", "90"))
 """
@@ -147,16 +156,21 @@ def test_faults_are_found(tmp_path):
     result = run([str(tmp_path / "made_up.py"), str(table)], ALBERT_FAST_CACHE=str(tmp_path / "cache"))
     print(result.stdout, result.stderr)
     assert result.returncode == 0
-    name, *found = re.split(r"^== (.*): (\d)$", result.stdout, flags=re.MULTILINE)
-    outputs = dict(zip(found[::3], [name, *found[2::3]], strict=False))
-    statuses = dict(zip(found[::3], map(int, found[1::3]), strict=True))
+    first, *found = re.split(r"^== (.*): (\d), (\d+) rows$", result.stdout, flags=re.MULTILINE)
+    names = found[::4]
+    outputs = dict(zip(names, [first, *found[3::4]], strict=False))
+    statuses = dict(zip(names, map(int, found[1::4]), strict=True))
+    rows = dict(zip(names, map(int, found[2::4]), strict=True))
 
-    assert statuses["committed"] == statuses["again"] == 0
-    assert len(read_rows(table)) == 2 * 3
+    for name in ("default", "more", "committed", "again", "another default", "another and no more"):
+        assert statuses[name] == 0
+    assert [rows["default"], rows["more"], rows["committed"]] == [3, 3 + 1, 2 * 3]
+    assert [rows["another default"], rows["another and no more"]] == [3 * 3, 3]
     # A size that is not specialized is the same kernel: it was found in the cache, and in the table.
     assert "3 compilations" in outputs["again"]
     assert "all are in the committed table" in outputs["again"]
-    assert "compiling 3" not in result.stderr
+    assert "compiling 3 of 3" in outputs["default"]
+    assert "compiling" not in outputs["again"]
 
     assert statuses["spilling by default"] == 1
     assert re.search(
@@ -261,9 +275,11 @@ def test_the_table_is_kept_for_each_version(tmp_path):
     path = tmp_path / "table.json"
     other = changed(GOOD, architecture=90, products="wgmma")
     assert aot.read_table(path, "3.6.0") == {}
-    aot.write_table(path, "3.6.0", [GOOD])
-    aot.write_table(path, "3.9.0", [GOOD, other])
-    aot.write_table(path, "3.9.0", [other])
+    aot.write_table(path, "3.6.0", [GOOD], whole=True)
+    aot.write_table(path, "3.9.0", [GOOD], whole=False)
+    aot.write_table(path, "3.9.0", [other], whole=False)
+    assert set(aot.read_table(path, "3.9.0")) == {GOOD.name, other.name}
+    aot.write_table(path, "3.9.0", [other], whole=True)
     assert aot.read_table(path, "3.6.0") == {GOOD.name: GOOD.measured}
     assert aot.read_table(path, "3.9.0") == {other.name: other.measured}
     assert aot.read_table(path, "4.0.0") == {}
@@ -272,8 +288,3 @@ def test_the_table_is_kept_for_each_version(tmp_path):
 
 def test_the_committed_table_has_the_versions_that_this_is_tried_with():
     assert set(json.loads(aot.TABLE.read_text())) == {"3.6.0", "3.9.0"}
-
-
-def read_rows(path: Path) -> dict[str, list[object]]:
-    (rows,) = json.loads(path.read_text()).values()
-    return rows

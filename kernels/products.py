@@ -1,0 +1,191 @@
+"""The encoder's products that begin or end with an activation, or with a sum over the tokens: in one kernel of cuBLASLt
+(`albert_fast.cublaslt`), or a product of PyTorch's and kernels of this package.
+
+In half precision, and for the tanh form of GELU where there is an activation. Which of the two is chosen for each
+product by timing both, once for each kind of call, as `albert_fast.kernels.tuning` does for configurations: dtype,
+widths, and tokens rounded up to a power of two. With ALBERT_FAST_AUTOTUNE=0, and while a CUDA graph is captured before
+a kind was timed, a rule decides: cuBLASLt on compute capability 9.0 to below 12.0. Before Hopper its GELU was seen to
+end in a second kernel (github.com/karpathy/llm.c, #338; by default it fuses from Hopper on, #653), and on 12.0 to be
+slower than a kernel apart (github.com/sgl-project/sglang, #34350).
+
+ALBERT_FAST_CUBLASLT=1 takes cuBLASLt wherever it serves, 0 nowhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from albert_fast import cublaslt
+from albert_fast.kernels import tuning
+from albert_fast.kernels.bias_gelu import gelu, gelu_backward
+from albert_fast.kernels.launch import architecture, next_power_of_2
+
+FUSED, APART = "cuBLASLt", "apart"
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, form: str, inner: Tensor, out: Tensor) -> Tensor:
+    """inner = x weightᵀ + bias, out = act(inner).
+
+    Args:
+        x: [tokens, in], contiguous; all others alike.
+        weight, bias: [out, in] and [out].
+        inner, out: [tokens, out], written; `out` may be `inner`, which then is not kept.
+
+    Returns:
+        `out`.
+    """
+
+    def apart() -> None:
+        torch.addmm(bias, x, weight.t(), out=inner)
+        gelu(inner, None, form, out=out)
+
+    if out is inner or form != "tanh" or not _serves(x):
+        apart()
+    else:
+        product = cublaslt.linear_gelu(x, weight, bias, out, inner)
+        _run(linear_activation, x, weight.shape, product, apart, (inner, out))
+    return out
+
+
+def activation_gradient(
+    grad: Tensor, weight: Tensor, inner: Tensor, form: str, grad_inner: Tensor, activated: Tensor, sums: Tensor
+) -> None:
+    """grad_inner = (grad weight) act'(inner), activated = act(inner), sums += grad_inner over the tokens.
+
+    Args:
+        grad: [tokens, in], contiguous; all others alike.
+        weight: [in, out].
+        inner: [tokens, out], of `linear_activation`.
+        grad_inner, activated: [tokens, out], written.
+        sums: float32 [out], added to. What is added is rounded to the dtype of `grad` by cuBLASLt.
+    """
+
+    def apart() -> None:
+        torch.mm(grad, weight, out=grad_inner)
+        gelu_backward(grad_inner, inner, None, form, grad_x=grad_inner, activated=activated, sums=sums)
+
+    if form != "tanh" or not _serves(grad):
+        apart()
+        return
+    grad_bias = grad.new_empty(weight.shape[1])
+    product = cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)
+
+    def fused() -> bool:
+        if not product():
+            return False
+        gelu(inner, None, form, out=activated)  # the activations were not kept
+        sums.add_(grad_bias)
+        return True
+
+    _run(activation_gradient, grad, weight.shape, fused, apart, (grad_inner, activated, sums))
+
+
+def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, sums: Tensor | None = None) -> Tensor:
+    """total + gradᵀ x in float32, in place, and sums += grad over the tokens.
+
+    Args:
+        total: float32 [out, in]; None is zero.
+        grad: [tokens, out], contiguous.
+        x: [tokens, in], likewise.
+        sums: float32 [out], added to; or None.
+
+    Returns:
+        `total`, or a new tensor.
+    """
+    accumulate = total is not None
+    if total is None:
+        total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+
+    def apart() -> None:
+        _add_product(total, grad, x, 1.0 if accumulate else 0.0)
+        if sums is not None:
+            sums.add_(grad.sum(0, dtype=torch.float32))
+
+    # Without sums this is the product that PyTorch has.
+    if sums is None or not _serves(grad):
+        apart()
+        return total
+    grad_bias = torch.empty_like(sums)
+    product = cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)
+
+    def fused() -> bool:
+        if not product():
+            return False
+        sums.add_(grad_bias)
+        return True
+
+    _run(add_weight_gradient, grad, (*total.shape, accumulate), fused, apart, (total, sums))
+    return total
+
+
+def _add_product(total: Tensor, grad: Tensor, x: Tensor, beta: float) -> None:
+    if grad.dtype == torch.float32:
+        torch.addmm(total, grad.t(), x, beta=beta, out=total)
+    elif not grad.is_cuda:  # PyTorch has products with wider results on GPUs only
+        torch.addmm(total, grad.t().float(), x.float(), beta=beta, out=total)
+    else:
+        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, beta=beta, out=total)
+
+
+# ------------------------------------------------------------------------------------------------------- which of both
+
+
+def _serves(x: Tensor) -> bool:
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.device.type == "meta" or x.shape[0] == 0:
+        return False
+    reason = cublaslt.refusal(x.device, x.dtype)
+    if reason is not None and x.is_cuda and cublaslt.setting() != "0" and not _capturing(x):
+        _warn(reason)
+    return reason is None
+
+
+@functools.cache  # once
+def _warn(reason: str) -> None:
+    message = f"albert_fast: no products by cuBLASLt: {reason}. Kernels apart serve in their place"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _run(
+    what: Callable[..., object],
+    x: Tensor,
+    widths: Sequence[int],
+    fused: Callable[[], bool],
+    apart: Callable[[], None],
+    written: Sequence[Tensor],
+) -> None:
+    """Runs one of both; `apart` also where cuBLASLt has no algorithm after all."""
+
+    def run(way: str) -> None:
+        if way == APART or not fused():
+            apart()
+
+    run(_choose(what, x, tuple(widths), run, written))
+
+
+def _choose(
+    what: Callable[..., object],
+    x: Tensor,
+    widths: tuple[int, ...],
+    run: Callable[[str], None],
+    written: Sequence[Tensor],
+) -> str:
+    if cublaslt.setting() == "1":
+        return FUSED
+    ways = (FUSED, APART) if _by_rule(x.device) else (APART, FUSED)
+    if not x.is_cuda or not tuning.enabled():
+        return ways[0]
+    kind = (next_power_of_2(x.shape[0]), *widths, f"cuBLASLt {cublaslt.version(x.device)}")
+    return tuning.choices(x.device).best((what, x.dtype, kind, (), ()), ways, run, written)
+
+
+def _by_rule(device: torch.device) -> bool:
+    return device.type == "cuda" and 90 <= architecture(device) < 120
