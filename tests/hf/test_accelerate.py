@@ -1,0 +1,368 @@
+"""`albert_fast.hf.accelerate` against transformers' own model: the numbers, and when it must stand aside."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from ops.parity import relative_error  # noqa: E402
+
+from albert_fast import ops  # noqa: E402
+from albert_fast.hf import NotAcceleratedError, accelerate, explain, restore  # noqa: E402
+from albert_fast.hf import encoder as hf_encoder  # noqa: E402
+
+SIZES = {
+    "vocab_size": 60,
+    "embedding_size": 16,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,  # attention is nearly uniform with transformers' 0.02
+    "classifier_dropout_prob": 0.0,
+}
+LENGTHS = (11, 4, 1)
+MASK = torch.arange(11) < torch.tensor(LENGTHS)[:, None]
+
+
+def config(**changes) -> "transformers.AlbertConfig":
+    return transformers.AlbertConfig(**{**SIZES, **changes})
+
+
+def model(
+    kind: type | None = None, implementation: str = "sdpa", dtype: torch.dtype = torch.float64, **changes
+) -> nn.Module:
+    kind = kind or transformers.AlbertModel
+    made = kind._from_config(config(**changes), attn_implementation=implementation).to(dtype).eval()
+    for parameter in made.parameters():  # biases and LayerNorms of more than zeros and ones
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def ids() -> Tensor:
+    return torch.randint(5, SIZES["vocab_size"], (3, 11))
+
+
+def fast_of(stock: nn.Module, **options) -> nn.Module:
+    return accelerate(copy.deepcopy(stock), **options)
+
+
+def served(fast: nn.Module, **inputs) -> bool:
+    return [path.refusal for path in explain(fast, **inputs)] == [None]
+
+
+def results(some: nn.Module, inputs: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Tensor]:
+    """Real positions of the hidden states, logits, the loss, and the gradient of every parameter."""
+    mask = inputs["attention_mask"].bool()
+    output = some(**inputs, output_hidden_states=True)
+    found = {}
+    for name, value in output.items():
+        if name == "hidden_states":
+            found |= {f"hidden_states {i}": state[mask] for i, state in enumerate(value)}
+        else:
+            found[name] = value[mask] if value.shape[:2] == mask.shape else value
+    loss = found.get("loss")
+    if loss is None:
+        slopes = {name: torch.linspace(-1, 1, value.numel()).to(value).view_as(value) for name, value in found.items()}
+        loss = sum((value * slopes[name]).sum() for name, value in found.items())
+    named = dict(some.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found |= {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads, strict=True)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # The gradient of the keys' bias is zero but for rounding.
+        scale = expected[name.replace("key.bias", "query.bias")].norm().item() if "key.bias" in name else None
+        assert relative_error(actual[name], value, scale) <= tolerance, name
+
+
+HEADS = {
+    "AlbertModel": {},
+    "AlbertForMaskedLM": {"labels": torch.where(MASK & (torch.arange(33).view(3, 11) % 3 == 0), 7, -100)},
+    "AlbertForPreTraining": {"labels": torch.where(MASK, 7, -100), "sentence_order_label": torch.tensor([0, 1, 0])},
+    "AlbertForSequenceClassification": {"labels": torch.tensor([0, 1, 0])},
+    "AlbertForTokenClassification": {"labels": torch.where(MASK, 1, -100)},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_equal_transformers(head):
+    stock = model(getattr(transformers, head))
+    inputs = {"input_ids": ids(), "attention_mask": MASK, "token_type_ids": torch.randint(2, (3, 11)), **HEADS[head]}
+    fast = fast_of(stock, strict=True)
+    assert served(fast, **inputs)
+    expected, actual = results(stock, inputs), results(fast, inputs)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("changes", [{"num_hidden_groups": 2, "inner_group_num": 2}, {"hidden_act": "relu"}], ids=str)
+def test_configurations_equal_transformers(changes, recompute, implementation):
+    stock = model(implementation=implementation, **changes)
+    inputs = {"input_ids": ids(), "attention_mask": MASK.long()}
+    assert_equal(results(fast_of(stock, strict=True, recompute=recompute), inputs), results(stock, inputs))
+
+
+def test_float32_is_as_near_to_float64_as_transformers():
+    stock = model()
+    inputs = {"input_ids": ids(), "attention_mask": MASK}
+    exact = results(stock, inputs)
+    single = stock.float()
+    peer, actual = results(single, inputs), results(fast_of(single, strict=True), inputs)
+    names = [name for name in exact if "key.bias" not in name]
+    ours, theirs = (sum(relative_error(some[name], exact[name]) ** 2 for name in names) for some in (actual, peer))
+    assert ours <= 4 * theirs
+
+
+@pytest.mark.parametrize("mutation", ["mask", "output", "gradient"])
+def test_an_error_would_be_noticed(mutation, monkeypatch):
+    stock = model()
+    inputs = {"input_ids": ids(), "attention_mask": MASK}
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def wrong(hidden, parameters, cu_seqlens, max_seqlen, **options):
+        if mutation == "mask":
+            cu_seqlens = torch.tensor([0, hidden.shape[0]], dtype=torch.int32)
+            return ops.encoder(hidden, parameters, cu_seqlens, hidden.shape[0], **options)
+        output = ops.encoder(hidden, parameters, cu_seqlens, max_seqlen, **options)
+        return Doubled.apply(output) if mutation == "gradient" else 1.02 * output
+
+    class Ops:
+        encoder = staticmethod(wrong)
+
+    fast = fast_of(stock, strict=True)
+    monkeypatch.setattr(hf_encoder, "ops", Ops)
+    with pytest.raises(AssertionError):
+        assert_equal(results(fast, inputs), results(stock, inputs))
+
+
+# ------------------------------------------------------------------------------------------------- what it is given
+
+
+def test_padding_is_zero_unless_it_is_wanted():
+    stock, input_ids = model(), ids()
+    fast = fast_of(stock, strict=True)
+    hidden = fast(input_ids, attention_mask=MASK).last_hidden_state
+    assert not hidden[~MASK].any()
+    padded = fast_of(stock, strict=True, unpad=False)(input_ids, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(padded, stock(input_ids, attention_mask=MASK).last_hidden_state, rtol=1e-10, atol=1e-10)
+
+
+def test_packed_rows_do_not_see_each_other():
+    stock, input_ids = model(), ids()
+    fast = fast_of(stock, strict=True)
+    rows = [row[:length] for row, length in zip(input_ids, LENGTHS, strict=True)]
+    apart = torch.cat([stock(row[None]).last_hidden_state[0] for row in rows])
+    together = {"input_ids": torch.cat(rows)[None], "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    by_offsets = {**together, "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 11}
+    for inputs in (together, by_offsets):
+        torch.testing.assert_close(fast(**inputs).last_hidden_state[0], apart, rtol=1e-10, atol=1e-10)
+
+
+def test_hidden_states_by_index():
+    stock, input_ids = model(), ids()
+    expected = stock(input_ids, output_hidden_states=[0, -1]).hidden_states
+    actual = fast_of(stock, strict=True)(input_ids, output_hidden_states=[0, -1]).hidden_states
+    assert [state is None for state in actual] == [state is None for state in expected]
+    torch.testing.assert_close(actual[0], expected[0])
+    # The hooks that transformers leaves behind do not keep the kernels away.
+    fast = fast_of(stock)
+    fast(input_ids, output_hidden_states=True)
+    assert served(fast, input_ids=input_ids)
+
+
+def test_attentions_are_transformers_own():
+    stock, input_ids = model(implementation="eager"), ids()
+    fast = fast_of(stock)
+    inputs = {"input_ids": input_ids, "attention_mask": MASK, "output_attentions": True}
+    for actual, expected in zip(fast(**inputs).attentions, stock(**inputs).attentions, strict=True):
+        assert torch.equal(actual, expected)
+    (path,) = explain(fast, **inputs)
+    assert "attentions" in path.refusal
+
+
+def test_a_mask_between_tokens_is_transformers_own():
+    stock, input_ids = model(), ids()
+    mask = torch.ones(3, 1, 11, 11, dtype=torch.bool).tril()
+    fast = fast_of(stock)
+    assert torch.equal(fast(input_ids, mask).last_hidden_state, stock(input_ids, mask).last_hidden_state)
+    assert "mask" in explain(fast, input_ids=input_ids, attention_mask=mask)[0].refusal
+
+
+def test_dropout():
+    stock = model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, dtype=torch.float32)
+    fast, input_ids = fast_of(stock, strict=True), ids()
+    assert torch.equal(fast(input_ids).last_hidden_state, fast(input_ids).last_hidden_state)
+    fast.train()
+    torch.manual_seed(5)
+    first = fast(input_ids).last_hidden_state
+    assert not torch.equal(fast(input_ids).last_hidden_state, first)
+    torch.manual_seed(5)
+    assert torch.equal(fast(input_ids).last_hidden_state, first)
+
+
+def test_compiles_to_one_graph():
+    stock, input_ids = model(dtype=torch.float32), ids()
+    compiled = torch.compile(fast_of(stock, strict=True), fullgraph=True, backend="aot_eager")
+    actual = compiled(input_ids, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(actual, stock(input_ids, attention_mask=MASK).last_hidden_state)
+
+
+# ----------------------------------------------------------------------------------------------------- standing aside
+
+
+class Lora(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+def replace_query(layer):
+    lora = Lora(32, 32).double()
+    lora.load_state_dict(layer.attention.query.state_dict())
+    layer.attention.query = lora
+
+
+def own_forward(layer):
+    forward = layer.ffn.forward
+    layer.ffn.forward = lambda x: forward(x) + 1.0
+
+
+def other_activation(layer):
+    layer.activation = nn.ReLU()
+
+
+CHANGES = {
+    "a replaced module": (replace_query, "Lora"),
+    "a hook": (lambda layer: layer.ffn.register_forward_hook(lambda m, a, output: output + 1), "hooks"),
+    "a hook before": (lambda layer: layer.attention.register_forward_pre_hook(lambda m, args: None), "hooks"),
+    "a hook on gradients": (lambda layer: layer.register_full_backward_hook(lambda m, i, o: None), "hooks"),
+    "a forward of its own": (own_forward, "forward of its own"),
+    "another activation": (other_activation, "ReLU"),
+    "pruned": (lambda layer: prune.l1_unstructured(layer.ffn, "weight", 0.5), "hooks"),
+    "weight norm": (lambda layer: parametrizations.weight_norm(layer.ffn_output), "ParametrizedLinear"),
+    "another eps": (lambda layer: setattr(layer.attention.LayerNorm, "eps", 0.1), "eps"),
+    "no bias": (lambda layer: setattr(layer.ffn, "bias", None), "no plain parameter"),
+    "chunks": (lambda layer: None, "chunk_size"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_transformers_own(change):
+    apply, message = CHANGES[change]
+    stock, input_ids = model(), ids()
+    fast = fast_of(stock)
+    before = stock(input_ids).last_hidden_state
+    for some in (stock, fast):
+        torch.manual_seed(1)
+        apply(some.encoder.albert_layer_groups[0].albert_layers[0])
+        if change == "chunks":
+            some.config.chunk_size_feed_forward = 1
+            some.encoder.config.chunk_size_feed_forward = 1
+    (path,) = explain(fast, input_ids=input_ids)
+    assert path.encoder == "encoder"
+    assert message in path.refusal
+    expected = stock(input_ids).last_hidden_state
+    assert torch.equal(fast(input_ids).last_hidden_state, expected)
+    harmless = ("a hook before", "a hook on gradients", "chunks", "weight norm")
+    assert change in harmless or not torch.equal(expected, before)
+    accelerate(fast, strict=True)
+    with pytest.raises(NotAcceleratedError, match="strict=False"):
+        fast(input_ids)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_int8_by_pytorch_is_transformers_own():
+    quantized = torch.ao.quantization.quantize_dynamic(model(dtype=torch.float32), {nn.Linear}, dtype=torch.qint8)
+    input_ids = ids()
+    expected = quantized(input_ids).last_hidden_state
+    assert torch.equal(accelerate(quantized)(input_ids).last_hidden_state, expected)
+    assert explain(quantized, input_ids=input_ids)[0].refusal is not None
+
+
+# ------------------------------------------------------------------------------------------------ what stays as it was
+
+
+class CustomAlbert(transformers.AlbertModel):
+    """As text-to-speech has it."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).last_hidden_state
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bert = model(CustomAlbert)
+        self.head = nn.Linear(32, 4).double()
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.bert(input_ids, attention_mask=attention_mask))
+
+
+def test_inside_another_net():
+    net, input_ids = Net(), ids()
+    fast = fast_of(net)
+    torch.testing.assert_close(fast(input_ids, MASK)[MASK], net(input_ids, MASK)[MASK], rtol=1e-10, atol=1e-10)
+    assert explain(fast, input_ids=input_ids, attention_mask=MASK) == [("bert.encoder", None)]
+    assert type(fast.bert) is CustomAlbert
+
+
+def test_restore_is_exact():
+    stock = model()
+    fast = fast_of(stock)
+    assert list(fast.state_dict()) == list(stock.state_dict())
+    assert fast.encoder.__class__.__name__ == "AlbertTransformer"
+    restore(fast)
+    assert type(fast.encoder) is type(stock.encoder)
+    assert fast.encoder.__dict__.keys() == stock.encoder.__dict__.keys()
+    (path,) = explain(fast)
+    assert "not accelerated" in path.refusal
+
+
+def test_copies_and_pickles_are_fast_too():
+    input_ids = ids()
+    fast = accelerate(model())
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert served(other, input_ids=input_ids)
+        assert torch.equal(other(input_ids).last_hidden_state, fast(input_ids).last_hidden_state)
+
+
+def test_checkpoints_are_transformers_own(tmp_path):
+    fast, input_ids = accelerate(model(transformers.AlbertForMaskedLM, dtype=torch.float32)), ids()
+    fast.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.AlbertForMaskedLM
+    assert loaded.config.architectures == ["AlbertForMaskedLM"]
+    torch.testing.assert_close(loaded(input_ids).logits, fast(input_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: accelerate(nn.Linear(2, 2)), "has no AlbertTransformer"),
+        (lambda: accelerate(model(), unpad=True), "unpad is True"),
+        (lambda: accelerate(model(), recompute="all"), "recompute is 'all'"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
