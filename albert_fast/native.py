@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def announcement(self) -> str:
-        return "the CPU kernels, once: about 20 seconds"
+        return "the CPU kernels, once: about half a minute"
 
     def object_names(self) -> list[str]:
         return [self.object_name(unit) for unit in self.units]

@@ -32,7 +32,7 @@ from albert_fast.native import BuildError
 
 _FLAGS = "-std=c++17 -O3"
 _HOST_FLAGS = f"{_FLAGS} -fPIC -Wall -Wextra -Wno-unknown-pragmas -x c++"
-# What is tried: 8.0 serves 8.x, and code for it is taken along in a form that later devices compile.
+# mma.sync in bfloat16 and cp.async are from here on.
 LEAST_CAPABILITY = (8, 0)
 
 

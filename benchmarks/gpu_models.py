@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -84,21 +85,29 @@ class CompiledForLatency(Compiled):
     options: ClassVar[dict[str, Any]] = {"mode": "reduce-overhead"}
 
 
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Sets variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Apart(AlbertFast):
     """This package without the products of cuBLASLt that end in an activation."""
 
     name = "albert_fast without cuBLASLt"
 
     def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        before = os.environ.get("ALBERT_FAST_CUBLASLT")
-        os.environ["ALBERT_FAST_CUBLASLT"] = "0"
-        try:
+        with environment(ALBERT_FAST_CUBLASLT="0"):
             return super().loss_and_gradients(batch, scale)
-        finally:
-            if before is None:
-                del os.environ["ALBERT_FAST_CUBLASLT"]
-            else:
-                os.environ["ALBERT_FAST_CUBLASLT"] = before
 
 
 class Graphed(AlbertFast):

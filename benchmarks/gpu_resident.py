@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
-from gpu_models import configuration, weights
+from gpu_models import configuration, environment, weights
 from gpu_stage import OURS, Case, Column, Row, Stage, relative_error
 from gpu_timing import recorded
 from torch import Tensor
@@ -66,16 +66,9 @@ def probe(case: Case) -> None:
         case.stage.facts[field] = getattr(figures, field)
 
 
-@contextmanager
-def served_by(peer: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in ("ALBERT_FAST_BACKEND", "ALBERT_FAST_CLUSTER")}
-    os.environ["ALBERT_FAST_BACKEND"] = "triton" if peer == TRITON else "cuda"
-    os.environ["ALBERT_FAST_CLUSTER"] = "1" if peer == BLOCKS else "0"
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def served_by(peer: str) -> AbstractContextManager[None]:
+    backend, cluster = "triton" if peer == TRITON else "cuda", "1" if peer == BLOCKS else "0"
+    return environment(ALBERT_FAST_BACKEND=backend, ALBERT_FAST_CLUSTER=cluster)
 
 
 def measure(case: Case, lengths: list[int]) -> None:
@@ -132,6 +125,8 @@ def name_of(lengths: list[int]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     stage = Stage("resident", COLUMNS, arguments)
     on_gpu = stage.device.type == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("ALBERT_FAST_CUDA_ON_CPU", "1")  # the kernel's source on the CPU
     if on_gpu:
         stage.run(PROBED, {}, tuple(PROBES), probe)
     for lengths in TINY_BATCHES if stage.tiny else BATCHES:

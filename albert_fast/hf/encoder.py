@@ -78,14 +78,12 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
                 return "a mask beside packed rows"
             cu_seqlens, longest = packed
             return Rows(PackedBatch(cu_seqlens, longest, *shape))
-        full = PackedBatch.layout(shape, device)
         if mask is None:
-            return Rows(full)
+            return Rows(PackedBatch.layout(shape, device))
         if mask.dim() != 4 or mask.shape[-2:] != (shape[1], shape[1]):
             return f"a mask of shape {list(mask.shape)}"
-        bias = _as_bias(mask, hidden_states)
         if self._albert_fast.unpad is False or not has_values(hidden_states):
-            return Rows(full, bias)
+            return Rows(PackedBatch.layout(shape, device), _as_bias(mask, hidden_states))
         kept = mask if mask.dtype == torch.bool else mask == 0
         keys = kept[:, 0, 0]
         if not bool((kept == keys[:, None, None]).all()) or not (mask.dtype == torch.bool or _is_blocking(mask, kept)):

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.models.albert import modeling_albert
 
 from albert_fast.activations import ACTIVATIONS
-from albert_fast.ops.encoder import TENSORS_PER_LAYER
+from albert_fast.ops.encoder import layer_of_pass
 
 # transformers captures hidden states by hooks of this module, which stay once they were asked for.
 CAPTURING = "transformers.utils.output_capturing"
@@ -39,9 +39,7 @@ def parts_of(layer: Any) -> tuple[Any, ...]:
 
 
 def parameters_of(encoder: Any) -> list[Tensor]:
-    parameters = [p for layer in layers_of(encoder) for part in parts_of(layer) for p in (part.weight, part.bias)]
-    assert len(parameters) % TENSORS_PER_LAYER == 0
-    return parameters
+    return [p for layer in layers_of(encoder) for part in parts_of(layer) for p in (part.weight, part.bias)]
 
 
 # The classes of a layer's modules, by their place.
@@ -151,9 +149,8 @@ def show_hidden_states(encoder: Any, states: Tensor) -> None:
     """
     config = encoder.config
     layers = layers_of(encoder)
-    for index in range(states.shape[0] - 1):
-        layer_index, inner = divmod(index, config.inner_group_num)
-        group = int(layer_index / (config.num_hidden_layers / config.num_hidden_groups))
-        layer = layers[group * config.inner_group_num + inner]
+    order = layer_of_pass(config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num)
+    for index, which in enumerate(order):
+        layer = layers[which]
         for hook in layer._forward_hooks.values():
             hook(layer, (states[index],), states[index + 1])

@@ -55,6 +55,16 @@ FUSED_ACTIVATIONS = {
 }
 
 
+def layer_of_pass(num_layers: int, num_groups: int, inner_group_num: int) -> list[int]:
+    """For each pass, which of the num_groups * inner_group_num layers it uses."""
+    layers_per_group = num_layers / num_groups
+    return [
+        int(layer / layers_per_group) * inner_group_num + inner
+        for layer in range(num_layers)
+        for inner in range(inner_group_num)
+    ]
+
+
 class EncoderOptions(NamedTuple):
     """What `encoder` takes after its tensors and offsets; its docstring explains each."""
 
@@ -74,13 +84,7 @@ class EncoderOptions(NamedTuple):
     input_means: Tensor | None = None
 
     def layer_of_pass(self) -> list[int]:
-        """For each pass, which of the num_groups * inner_group_num layers it uses."""
-        layers_per_group = self.num_layers / self.num_groups
-        return [
-            int(layer / layers_per_group) * self.inner_group_num + inner
-            for layer in range(self.num_layers)
-            for inner in range(self.inner_group_num)
-        ]
+        return layer_of_pass(self.num_layers, self.num_groups, self.inner_group_num)
 
     def of_training(self) -> tuple[object, ...]:
         """As the operators that train take them."""

@@ -43,7 +43,6 @@ struct Warp {
   bool slow = false;
   float shuffled[kWarp];
   uint32_t a[kWarp][4], b[kWarp][2];
-  float sums[kWarp][4];
 };
 
 struct Machine {

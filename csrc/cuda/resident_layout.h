@@ -71,15 +71,15 @@ inline Layout make_layout(int hidden, int inner, int heads, int blocks, int clus
   l.heads = heads;
   l.blocks = blocks;
   l.cluster = cluster;
-  const int clusters = l.clusters(), split = cluster;
+  const int clusters = l.clusters();
   const int head_units = 3 * l.head_dim() / kUnit;
   l.units[kQkv] = cluster == 1 ? divide_up(3 * hidden / kUnit, blocks)
                                : divide_up(heads, clusters) * divide_up(head_units, cluster);
   l.units[kDense] = l.units[kFfnOutput] = divide_up(hidden / kUnit, clusters);
   l.units[kFfn] = divide_up(inner / kUnit, blocks);
   l.chunks[kQkv] = l.chunks[kFfn] = hidden / kChunk;
-  l.chunks[kDense] = divide_up(hidden / kChunk, split);
-  l.chunks[kFfnOutput] = divide_up(inner / kChunk, split);
+  l.chunks[kDense] = divide_up(hidden / kChunk, cluster);
+  l.chunks[kFfnOutput] = divide_up(inner / kChunk, cluster);
   for (int matrix = 0; matrix < kMatrices; ++matrix) {
     l.offset[matrix] = l.scratch;
     l.scratch += l.units[matrix] * l.chunks[matrix] * kChunkBytes;
