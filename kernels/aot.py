@@ -141,12 +141,8 @@ class Job:
         """As the just-in-time compiler has them for these arguments."""
         kernel = self.launch.kernel
         backend, binder = _binder(kernel, self.architecture)
-        options = {
-            "num_warps": self.config.num_warps,
-            "num_stages": self.config.num_stages,
-            "enable_fp_fusion": True,
-        }
-        arguments = {**self.launch.arguments, **self.launch.constants, **self.config.blocks, **options}
+        options = {name: value for name, value in self.config.options.items() if name not in self.config.blocks}
+        arguments = {**self.launch.arguments, **self.launch.constants, **self.config.options}
         bound, specialization, _ = binder(**arguments)
         parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
         return ASTSource(kernel, signature, constants, attributes), vars(parsed)

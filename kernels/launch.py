@@ -8,12 +8,15 @@ interpreter runs it, a GPU does, or, under `recording`, nothing runs and what wo
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton import AsyncCompileMode
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -36,6 +39,12 @@ class Config:
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told of it."""
+        compiled = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**self.blocks, **compiled}
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
@@ -126,14 +135,7 @@ def launch(
         return
 
     def run(config: Config) -> None:
-        kernel[grid(config.blocks)](
-            *arguments,
-            **constants,
-            **config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+        kernel[grid(config.blocks)](*arguments, **constants, **config.options)
 
     if isinstance(kernel, InterpretedFunction):
         if all(grid(tiles.interpreter.blocks)):
@@ -149,13 +151,25 @@ def launch(
             run(first)
             return
         what = (kernel.fn, dtype, key, tuple(constants.items()), tuple([argument is None for argument in arguments]))
-        config = tuning.choices(device).best(what, configs, run, arguments)
+        compile_all = functools.partial(_compile_all, kernel, arguments, constants, configs)
+        config = tuning.choices(device).best(what, configs, run, arguments, compile_all)
         try:
             run(config)
         except OutOfResources:  # chosen for another call that counts as the same, or on a GPU of the same name
             if config is first:
                 raise
             run(first)
+
+
+def _compile_all(
+    kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], configs: Sequence[Config]
+) -> None:
+    """Compiles the configurations at the same time: Triton's compiler does not hold the interpreter's lock. What fails
+    to compile fails again where it is run."""
+    threads = min(len(configs), len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for config in configs:
+            kernel.warmup(*arguments, grid=(1,), **constants, **config.options)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -94,6 +94,7 @@ class Choices:
         configs: Sequence[_Config],
         run: Callable[[_Config], None],
         arguments: Sequence[Any] = (),
+        compile_all: Callable[[], None] = lambda: None,
     ) -> _Config:
         """The fastest of `configs` for calls of this kind.
 
@@ -101,6 +102,7 @@ class Choices:
             what: the kernel's Python function, dtype, key, constants (pairs) and for each argument whether it is None.
             run: runs the call.
             arguments: of the call; tensors among them hold afterwards what they hold now.
+            compile_all: is called before the first of them is run, so that none waits for its turn to be compiled.
         """
         chosen = self._chosen.get(what)
         if chosen is not None:
@@ -112,6 +114,7 @@ class Choices:
         if chosen is None:
             if self._capturing():
                 return configs[0]
+            compile_all()
             try:
                 with _unchanged(arguments):
                     chosen = self._tune(name, configs, run)
