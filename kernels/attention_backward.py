@@ -24,10 +24,12 @@ from albert_fast.kernels import dropout
 from albert_fast.kernels.attention_tile import (
     LOG2E,
     add_bias,
+    add_product,
     bias_layout,
     first_beyond,
     keep_tile,
     load_tile,
+    product,
     row_range,
     rows,
     slots,
@@ -38,7 +40,7 @@ from albert_fast.kernels.attention_tile import (
     tiles,
     visible,
 )
-from albert_fast.kernels.launch import dot_precision, launch, next_power_of_2
+from albert_fast.kernels.launch import cdiv, dot_precision, launch, next_power_of_2
 from albert_fast.ops.attention import AttentionOptions
 
 _NOT_SPECIALIZED = ["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
@@ -163,7 +165,22 @@ def grad_query_kernel(
         keys = first_k + tl.arange(0, BLOCK_N)
         k = load_tile(key, begin_k, first_k, length_k, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        products = product(
+            q,
+            query,
+            begin_q,
+            first_q,
+            length_q,
+            query_stride,
+            k,
+            key,
+            begin_k,
+            first_k,
+            length_k,
+            key_stride,
+            HEAD_DIM,
+            PRECISION,
+        )  # [M, N]
         unit = scale * LOG2E
         if bias is not None:
             products = add_bias(
@@ -184,12 +201,27 @@ def grad_query_kernel(
         if first_k + BLOCK_N > full:
             inside = visible(queries[:, None], keys[None, :], length_q, length_k, CAUSAL)
             probabilities = tl.where(inside, probabilities, 0.0)
-        grad_probabilities = tl.dot(grad_o, tl.trans(v), input_precision=PRECISION)  # [M, N]
+        grad_probabilities = product(
+            grad_o,
+            grad_output,
+            begin_q,
+            first_q,
+            length_q,
+            grad_output_stride,
+            v,
+            value,
+            begin_k,
+            first_k,
+            length_k,
+            value_stride,
+            HEAD_DIM,
+            PRECISION,
+        )  # [M, N]
         if seed is not None:
             keep = keep_tile(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
             grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
         grad_scores = probabilities * (grad_probabilities - row_delta[:, None])
-        accumulator = tl.dot(grad_scores.to(k.dtype), k, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, grad_scores.to(k.dtype), k, PRECISION)
     store_tile(
         grad_query, begin_q, first_q, length_q, grad_query_stride, accumulator * scale, BLOCK_M, HEAD_DIM, BLOCK_D
     )
@@ -312,7 +344,22 @@ def grad_key_value_kernel(
             row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
         else:
             row_exponent = tl.load(exponent + queries)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+        products = product(
+            k,
+            key,
+            begin_k,
+            first_k,
+            length_k,
+            key_stride,
+            q,
+            query,
+            begin_q,
+            first_q,
+            length_q,
+            query_stride,
+            HEAD_DIM,
+            PRECISION,
+        )  # [N, M]
         unit = scale * LOG2E
         if bias is not None:
             products = add_bias(
@@ -334,21 +381,36 @@ def grad_key_value_kernel(
         if (CAUSAL and first_q < full) or (WHOLE_ROWS and length_k < BLOCK_N):
             inside = visible(queries[None, :], keys[:, None], length_q, length_k, CAUSAL)
             probabilities = tl.where(inside, probabilities, 0.0)
-        grad_probabilities = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)  # [N, M]
+        grad_probabilities = product(
+            v,
+            value,
+            begin_k,
+            first_k,
+            length_k,
+            value_stride,
+            grad_o,
+            grad_output,
+            begin_q,
+            first_q,
+            length_q,
+            grad_output_stride,
+            HEAD_DIM,
+            PRECISION,
+        )  # [N, M]
         dropped = probabilities
         if seed is not None:
             keep = keep_tile(dropout_key, site, row * heads + head, first_q, first_k, keep_limit, BLOCK_M, BLOCK_N)
             keep = tl.trans(keep)
             dropped = tl.where(keep, probabilities, 0.0)
             grad_probabilities = tl.where(keep, grad_probabilities * dropout_scale, 0.0)
-        value_sum = tl.dot(dropped.to(grad_o.dtype), grad_o, value_sum, input_precision=PRECISION)
+        value_sum = add_product(value_sum, dropped.to(grad_o.dtype), grad_o, PRECISION)
         if WHOLE_ROWS:
             o = load_tile(output, begin_q, first_q, length_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
             row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), axis=1)
         else:
             row_delta = tl.load(delta + queries)
         grad_scores = (probabilities * (grad_probabilities - row_delta[None, :])).to(q.dtype)
-        key_sum = tl.dot(grad_scores, q, key_sum, input_precision=PRECISION)
+        key_sum = add_product(key_sum, grad_scores, q, PRECISION)
         if WHOLE_ROWS:
             query_sum = tl.dot(tl.trans(grad_scores), k, input_precision=PRECISION) * scale  # [M, D]
             store_tile(grad_query, begin_q, first_q, length_q, grad_query_stride, query_sum, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -365,14 +427,14 @@ GRAD_QUERY_TILES = {
     (64, False): tiles(
         (64, 64),
         sm_80=[(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
-        sm_90=[(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        sm_90=[(64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
         sm_100=[(128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2)],
         single=[(32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)],
     ),
     (64, True): tiles(
         (64, 64),
         sm_80=[(64, 32, 4, 2), (128, 32, 8, 2)],
-        sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
+        sm_90=[(64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
         sm_100=[(128, 64, 8, 2), (64, 64, 4, 2)],
         single=[(32, 32, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2)],
     ),
@@ -395,7 +457,7 @@ GRAD_KEY_VALUE_TILES = {
     (64, False): tiles(
         (64, 64),
         sm_80=[(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 1)],
-        sm_90=[(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)],
+        sm_90=[(64, 64, 4, 3), (32, 64, 4, 3), (32, 128, 4, 3)],
         sm_100=[(64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)],
         single=[(32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
     ),
@@ -426,7 +488,7 @@ WHOLE_ROWS_TILES = {
     (64, False, 64): tiles(
         (64, 64),
         sm_80=[(32, 64, 4, 2)],
-        sm_90=[(32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1)],
+        sm_90=[(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 1)],
         sm_100=[(64, 64, 8, 2), (64, 64, 4, 2)],
     ),
     (64, True, 64): tiles(
@@ -438,7 +500,7 @@ WHOLE_ROWS_TILES = {
     (64, False, 128): tiles(
         (64, 128),
         sm_80=[(32, 128, 8, 2)],
-        sm_90=[(64, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
+        sm_90=[(32, 128, 4, 2), (32, 128, 4, 3), (64, 128, 8, 3)],
         sm_100=[(64, 128, 8, 2)],
     ),
     (64, True, 128): tiles(
@@ -539,7 +601,7 @@ def attention_backward(
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
         if not whole:
             return (heads * slots(tokens_k, batch, max_seqlen_k, blocks["BLOCK_N"]),)
-        return (heads * max(batch, triton.cdiv(max(tokens_q, tokens_k), blocks["BLOCK_N"])),)
+        return (heads * max(batch, cdiv(max(tokens_q, tokens_k), blocks["BLOCK_N"])),)
 
     launch(
         grad_key_value_kernel,

@@ -18,10 +18,12 @@ from albert_fast.kernels.attention_tile import (
     LN2,
     LOG2E,
     add_bias,
+    add_product,
     bias_layout,
     first_beyond,
     keep_tile,
     load_tile,
+    product,
     row_range,
     rows,
     slots,
@@ -122,7 +124,22 @@ def attention_kernel(
     for first_k in range(0, end, BLOCK_N):
         keys = first_k + tl.arange(0, BLOCK_N)
         k = load_tile(key, begin_k, first_k, length_k, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        products = product(
+            q,
+            query,
+            begin_q,
+            first_q,
+            length_q,
+            query_stride,
+            k,
+            key,
+            begin_k,
+            first_k,
+            length_k,
+            key_stride,
+            HEAD_DIM,
+            PRECISION,
+        )  # [M, N]
         unit = scale
         if bias is not None:
             products = add_bias(
@@ -156,7 +173,7 @@ def attention_kernel(
             probabilities = tl.where(keep, probabilities, 0.0)
         v = load_tile(value, begin_k, first_k, length_k, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)  # [N, D]
         accumulator = accumulator * correction[:, None]
-        accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, probabilities.to(v.dtype), v, PRECISION)
 
     # Without a key the sum is 0: the output is 0, too, and the logsumexp -inf.
     factor = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -164,24 +181,26 @@ def attention_kernel(
         factor *= dropout_scale
     accumulator = accumulator * factor[:, None]
     store_tile(output, begin_q, first_q, length_q, output_stride, accumulator, BLOCK_M, HEAD_DIM, BLOCK_D)
-    result = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN2)
+    # Not of the sum of both: it would be rounded, too.
+    of_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)) * LN2
+    result = tl.where(row_sum == 0.0, float("-inf"), row_max * LN2 + of_sum)
     tl.store(logsumexp + begin_q + queries, result, mask=queries < length_q)
 
 
-# The first tiles leave room for two programs a multiprocessor where they can: the softmax of one then hides behind the
-# products of the other.
+# Small tiles leave room for several programs a multiprocessor: the softmax of one then hides behind the products of
+# another. Those of 9.0 for head sizes up to 64 were the fastest of 48 on an H200 (benchmarks/NOTES.md).
 FORWARD_TILES = {
     (64, False): tiles(
         (64, 64),
         sm_80=[(128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
-        sm_90=[(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3)],
+        sm_90=[(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)],
         sm_100=[(128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
         single=[(32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)],
     ),
     (64, True): tiles(
         (64, 64),
         sm_80=[(128, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
-        sm_90=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        sm_90=[(64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
         sm_100=[(128, 64, 8, 2), (128, 32, 4, 2)],
         single=[(32, 64, 8, 2), (16, 32, 4, 2), (64, 64, 8, 2)],
     ),

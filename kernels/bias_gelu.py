@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from albert_fast.kernels.column_sum import column_sum, strips
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, launch
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch
 
 # 256 columns are a whole warp with 16 bytes a thread.
-_FORWARD = tuple(Config({"ROWS": rows, "COLUMNS": 256}) for rows in (16, 8))
+_FORWARD = tuple(Config({"ROWS": rows, "COLUMNS": 256}) for rows in (4, 8))
 _BACKWARD = tuple(Config({"ROWS": rows, "COLUMNS": 256, "STAGES": 3}) for rows in (8, 4))
+_NARROW = Config({"ROWS": 4, "COLUMNS": 128, "STAGES": 3})
 FORWARD_TILES = Tiles(
     interpreter=Config({"ROWS": 32, "COLUMNS": 256}),
     half=dict.fromkeys(ARCHITECTURES, _FORWARD),
@@ -26,7 +27,7 @@ FORWARD_TILES = Tiles(
 BACKWARD_TILES = Tiles(
     interpreter=Config({"ROWS": 32, "COLUMNS": 256, "STAGES": 1}),
     # With 8 rows the tanh form without a bias spills on 9.0.
-    half={80: _BACKWARD, 90: _BACKWARD[::-1], 100: _BACKWARD},
+    half={80: _BACKWARD, 90: (_NARROW, _BACKWARD[1]), 100: _BACKWARD},
     single=dict.fromkeys(ARCHITECTURES, _BACKWARD[::-1]),
 )
 
@@ -137,7 +138,7 @@ def gelu(x: Tensor, bias: Tensor | None, form: str, out: Tensor | None = None) -
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     launch(
         gelu_kernel,
-        lambda blocks: (triton.cdiv(tokens, blocks["ROWS"]), triton.cdiv(columns, blocks["COLUMNS"])),
+        lambda blocks: (cdiv(tokens, blocks["ROWS"]), cdiv(columns, blocks["COLUMNS"])),
         x,
         bias,
         out,
@@ -198,14 +199,14 @@ def _backward(
     """Launches the kernels; grad_bias may have any dtype."""
     tokens, columns = x.shape
     # The columns of a strip are shared by so many programs.
-    sharing = max(1, triton.cdiv(columns, 256))
+    sharing = max(1, cdiv(columns, 256))
     programs = max(1, strips(x.device, tokens * sharing, _PROGRAMS) // sharing)
     partials = None
     if grad_bias is not None:
         partials = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     launch(
         gelu_backward_kernel,
-        lambda blocks: (triton.cdiv(columns, blocks["COLUMNS"]), programs),
+        lambda blocks: (cdiv(columns, blocks["COLUMNS"]), programs),
         grad_output,
         x,
         bias,
@@ -213,7 +214,7 @@ def _backward(
         activated,
         partials,
         tokens,
-        triton.cdiv(tokens, programs),
+        cdiv(tokens, programs),
         columns,
         *(0 if tensor is None else tensor.stride(0) for tensor in (grad_output, x, grad_x, activated)),
         tiles=BACKWARD_TILES,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, launch, multiprocessors
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch, multiprocessors
 
 # Columns are few (a row of partial sums has some thousands), rows some hundreds: 16 columns, 64 bytes, a program are
 # enough programs to fill the machine, and a tile has most rows in flight at once.
@@ -24,7 +24,7 @@ TILES = Tiles(interpreter=Config({"ROWS": 8, "COLUMNS": 256}), half=_EACH, singl
 
 def strips(device: torch.device, rows: int, per_multiprocessor: int) -> int:
     """How many programs share `rows` rows: so many on each multiprocessor, fewer where each would get less than 4."""
-    return min(triton.cdiv(rows, 4), multiprocessors(device) * per_multiprocessor)
+    return min(cdiv(rows, 4), multiprocessors(device) * per_multiprocessor)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -80,7 +80,7 @@ def column_sum(partials: Tensor, outputs: Sequence[Tensor], *, accumulate: bool 
     pointers = [*outputs, None, None][:3]
     launch(
         column_sum_kernel,
-        lambda blocks: (triton.cdiv(columns, blocks["COLUMNS"]),),
+        lambda blocks: (cdiv(columns, blocks["COLUMNS"]),),
         partials,
         *pointers,
         programs,

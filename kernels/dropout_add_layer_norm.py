@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from albert_fast import backends
 from albert_fast.kernels import dropout
 from albert_fast.kernels import layer_norm_backward as rows
-from albert_fast.kernels.launch import launch
+from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import row_statistics
 
 
@@ -125,7 +125,7 @@ def layer_norm_forward(
     block = rows.block_of(hidden)
     launch(
         layer_norm_forward_kernel,
-        lambda blocks: (triton.cdiv(tokens, blocks["ROWS"]),),
+        lambda blocks: (cdiv(tokens, blocks["ROWS"]),),
         x,
         bias,
         residual,
@@ -144,7 +144,7 @@ def layer_norm_forward(
         1.0 / (1.0 - dropout_p),
         dropout.limit(dropout_p),
         site,
-        tiles=rows.row_tiles(block, half=((32, 1), (32, 2)), single=((16, 1), (16, 2))),
+        tiles=rows.row_tiles(block, half=((32, 4), (32, 2), (32, 1)), single=((16, 1), (16, 2))),
         dtype=x.dtype,
         key=(block, dropout_p > 0),
         BLOCK=block,
@@ -160,6 +160,7 @@ def layer_norm_backward(
     weight: Tensor,
     statistics: Tensor,
     *,
+    more: Tensor | None = None,
     ln_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -174,6 +175,7 @@ def layer_norm_backward(
 
     Args:
         grad_output, summed: [tokens, hidden], columns contiguous.
+        more: [tokens, hidden], contiguous, which is added to grad_output in float32; or None.
         weight, ln_bias: [hidden], contiguous; ln_bias for `normed` alone.
         statistics: float32 [2, tokens], contiguous.
         grad_residual, grad_x, normed: buffers [tokens, hidden], columns contiguous, or None; the first three tensors
@@ -207,6 +209,7 @@ def layer_norm_backward(
         seed=seed,
         site=site,
         cu_seqlens=cu_seqlens,
+        more=more,
         accumulate=sums is not None,
     )
     grad_weight, grad_ln_bias, grad_bias = vectors
@@ -251,7 +254,7 @@ def layer_norm_apply(
     block = rows.block_of(hidden)
     launch(
         layer_norm_apply_kernel,
-        lambda blocks: (triton.cdiv(tokens, blocks["ROWS"]),),
+        lambda blocks: (cdiv(tokens, blocks["ROWS"]),),
         summed,
         weight,
         ln_bias,

@@ -19,7 +19,7 @@ from torch import Tensor
 from albert_fast.kernels import dropout
 from albert_fast.kernels.column_sum import column_sum, strips
 from albert_fast.kernels.dropout_add_layer_norm import contiguous_columns
-from albert_fast.kernels.launch import launch
+from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import (
     block_of,
     gradient_of_sum,
@@ -289,7 +289,7 @@ def embed_layer_norm(
     block = block_of(size)
     launch(
         embed_layer_norm_kernel,
-        lambda blocks: (triton.cdiv(tokens, blocks["ROWS"]),),
+        lambda blocks: (cdiv(tokens, blocks["ROWS"]),),
         *tensors,
         weight.contiguous(),
         bias.contiguous(),
@@ -374,7 +374,7 @@ def _backward(
         seed if dropout_p else None,
         cu_seqlens.contiguous() if cu_seqlens is not None and dropout_p else None,
         tokens,
-        triton.cdiv(tokens, max(programs, 1)),
+        cdiv(tokens, max(programs, 1)),
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         size,
         *sizes,

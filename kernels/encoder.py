@@ -13,8 +13,9 @@ gathers what it multiplies over as many passes as make the product deep enough t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, Encode
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
 # tokens most of them would have nothing to do. From this depth on cuBLAS splits it well enough by itself.
 GATHERED_TOKENS = 16384
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _Layer(NamedTuple):
@@ -224,16 +228,17 @@ class _Loop:
         layer_norm_apply(before.output_summed, layer.norm_weight, layer.norm_bias, before.statistics[1], out=out)
 
     def backward_pass(
-        self, index: int, grad: Tensor, kept: _Kept, gathered: _Gathered, sums: _LayerGradients
-    ) -> Tensor:
-        """Gradient of the pass's input; those of vectors are added to `sums`, what those of matrices need goes to
-        `gathered`."""
+        self, index: int, grad: Tensor, more: Tensor | None, kept: _Kept, gathered: _Gathered, sums: _LayerGradients
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the pass's input from that of its output, each as a sum of two: who reads them next adds them on
+        the way. Those of vectors are added to `sums`, what those of matrices need goes to `gathered`."""
         layer = self.layers[self.layer_of_pass[index]]
         grad_output, *_ = layer_norm_backward(
             grad,
             kept.output_summed,
             layer.norm_weight,
             kept.statistics[1],
+            more=more,
             dropout_p=0.0,
             seed=None,
             site=0,
@@ -256,13 +261,14 @@ class _Loop:
             activated=gathered.activated,
             sums=sums.ffn_bias,
         )
-        grad_h = torch.addmm(grad_output, gathered.grad_inner, layer.ffn_weight)
+        grad_h = gathered.grad_inner @ layer.ffn_weight
         dropped = self.options.hidden_dropout_p > 0.0
         grad_sum, *_ = layer_norm_backward(
             grad_h,
             kept.summed,
             layer.attention_norm_weight,
             kept.statistics[0],
+            more=grad_output,
             ln_bias=layer.attention_norm_bias,
             site=2 + 2 * index,
             **self.dropout,
@@ -280,7 +286,7 @@ class _Loop:
             self.attention_options(index),
             grads=self.split(gathered.grad_qkv),
         )
-        return torch.addmm(grad_sum, gathered.grad_qkv, layer.qkv_weight)
+        return gathered.grad_qkv @ layer.qkv_weight, grad_sum
 
 
 class _Gathered(NamedTuple):
@@ -343,6 +349,24 @@ class _LayerGradients:
 # ------------------------------------------------------------------------------------------------- the implementations
 
 
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The products are in the dtype of the tokens: autocast, which is seen inside operators, would have PyTorch return
+    some of them in another than the kernels around them expect."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        tensor = args[0]
+        assert isinstance(tensor, Tensor)
+        device = tensor.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def encoder_inference(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> Tensor:
@@ -350,12 +374,13 @@ def encoder_inference(
     hidden = hidden.contiguous()
     loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
     memory, h = loop.forward_memory(), loop.empty(loop.width)
-    states = _states(hidden, options)
+    states, result = _states(hidden, options)
     for index in range(len(loop.layer_of_pass)):
         loop.forward_pass(index, states[index], memory, states[index + 1], h, None)
-    return _result(states, options)
+    return result
 
 
+@_without_autocast
 def encoder(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> tuple[Tensor, list[Tensor]]:
@@ -364,7 +389,7 @@ def encoder(
     loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
     kept = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in kept_shapes(hidden, parameters, options)]
     h = loop.empty(loop.width)
-    states = _states(hidden, options)
+    states, result = _states(hidden, options)
     passes = len(loop.layer_of_pass)
     if options.recompute == "layer":
         memory = loop.forward_memory()
@@ -382,28 +407,22 @@ def encoder(
             else:
                 into = wide
             loop.forward_pass(index, states[index], of_pass, states[index + 1], h, into)
-    return _result(states, options), kept
+    return result, kept
 
 
-def _states(hidden: Tensor, options: EncoderOptions) -> list[Tensor]:
-    """The input of the first pass and the output of each: all apart, or two that take turns."""
+def _states(hidden: Tensor, options: EncoderOptions) -> tuple[list[Tensor], Tensor]:
+    """The input of the first pass and the output of each, all apart or two that take turns; and what is returned."""
     passes = len(options.layer_of_pass())
     if options.return_all:
-        states = hidden.new_empty(passes + 1, *hidden.shape)
-        states[0].copy_(hidden)
-        return [*states]
+        whole = hidden.new_empty(passes + 1, *hidden.shape)
+        whole[0].copy_(hidden)
+        return [*whole], whole
     pair = [torch.empty_like(hidden) for _ in range(min(passes, 2))]
-    return [hidden, *(pair[index % 2] for index in range(passes))]
+    states = [hidden, *(pair[index % 2] for index in range(passes))]
+    return states, states[-1]
 
 
-def _result(states: list[Tensor], options: EncoderOptions) -> Tensor:
-    if not options.return_all:
-        return states[-1]
-    whole = states[0]._base
-    assert whole is not None
-    return whole
-
-
+@_without_autocast
 def encoder_backward(
     grad_output: Tensor,
     kept: list[Tensor],
@@ -424,6 +443,7 @@ def encoder_backward(
         wide = loop.empty(loop.intermediate)
     else:
         of_all = _Kept(*kept[1:], *([None] if options.recompute == "ffn" else []))
+    more: Tensor | None = None
     for first, last in reversed(runs):
         layer_gradients = gradients[loop.layer_of_pass[first]]
         for index in reversed(range(first, last)):
@@ -435,14 +455,23 @@ def encoder_backward(
             else:
                 of_pass = of_all.of_pass(index)
                 loop.input_of(index, kept[0], of_all, slot.x)
-            grad = loop.backward_pass(index, grad, of_pass, slot, layer_gradients)
+            grad, more = loop.backward_pass(index, grad, more, of_pass, slot, layer_gradients)
             if options.return_all:
                 grad = grad + grad_output[index]
         contexts = context[: last - first] if options.recompute == "layer" else of_all.context[first:last]
         layer_gradients.add(_Gathered._make(part[: last - first] for part in gathered), contexts)
+    if more is not None:
+        grad = grad + more
     flat = [tensor for layer in gradients for tensor in layer.by_parameter()]
-    # Views of the sums: an operator's results must not share memory.
-    return [grad, *(tensor.to(p.dtype, copy=tensor._is_view()) for tensor, p in zip(flat, parameters, strict=True))]
+    return [grad, *(_apart(tensor, p.dtype) for tensor, p in zip(flat, parameters, strict=True))]
+
+
+def _apart(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; a part of a tensor is copied, for an operator's results must not share memory.
+
+    Not by what autograd knows of views: in inference mode and below a dispatch mode it knows of none.
+    """
+    return tensor.to(dtype, copy=tensor.untyped_storage().nbytes() != tensor.nbytes)
 
 
 def _runs(layer_of_pass: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, launch
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch
 
 
 @triton.jit(do_not_specialize=["tokens", "ignore_index"])
@@ -55,7 +55,7 @@ def labelled_tokens(labels: Tensor, ignore_index: int, count: Tensor) -> Tensor:
     positions = labels.new_empty(tokens, dtype=torch.int32)
     launch(
         labelled_tokens_kernel,
-        lambda blocks: (triton.cdiv(tokens, blocks["BLOCK"]),),
+        lambda blocks: (cdiv(tokens, blocks["BLOCK"]),),
         labels,
         positions,
         count,

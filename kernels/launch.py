@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton import AsyncCompileMode
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -105,6 +108,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
 def launch(
     kernel: Any,
     grid: Grid,
@@ -134,31 +142,95 @@ def launch(
         _recorded.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, tiles, dtype, grid))
         return
 
-    def run(config: Config) -> None:
-        kernel[grid(config.blocks)](*arguments, **constants, **config.options)
-
     if isinstance(kernel, InterpretedFunction):
-        if all(grid(tiles.interpreter.blocks)):
-            run(tiles.interpreter)
+        blocks = tiles.interpreter.blocks
+        if all(grid(blocks)):
+            kernel[grid(blocks)](*arguments, **constants, **tiles.interpreter.options)
         return
     device = arguments[0].device
     with _current(device):
-        configs = tiles.of(architecture(device), dtype)
-        first = configs[0]
-        if not all(grid(first.blocks)):
+        call = (kernel, device, id(tiles), dtype, key, *constants.values(), tuning.enabled(), _form(kernel, arguments))
+        started = _started.get(call)
+        if started is None:
+            started = _find_and_start(kernel, grid, arguments, tiles, dtype, key, constants, device)
+            if started is not None:
+                _started[call] = started
             return
-        if len(configs) == 1 or not tuning.enabled():
-            run(first)
-            return
+        programs = grid(started.blocks)
+        if all(programs):
+            stream = driver.active.get_current_stream(device.index)
+            started.compiled[(*programs, 1, 1)](*arguments, *started.constants, stream=stream)
+
+
+class _Started(NamedTuple):
+    """What a call was started with. Triton finds it anew each time, and takes longer for that than some kernels do."""
+
+    compiled: CompiledKernel
+    blocks: Mapping[str, int]
+    constants: tuple[Any, ...]  # of all constexpr arguments, in the kernel's order
+
+
+_started: dict[tuple[Any, ...], _Started] = {}
+
+
+def _form(kernel: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What Triton compiles different code for: dtypes and whether pointers are multiples of 16 bytes, integers (it
+    looks for 1 and multiples of 16), and whether those that it is told not to specialize on have 32 bits."""
+    return tuple(
+        [
+            (argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,))
+            if isinstance(argument, Tensor)
+            else (argument if specialized else argument >> 31)
+            if argument.__class__ is int
+            else argument.__class__
+            for argument, specialized in zip(arguments, _specialized(kernel), strict=False)
+        ]
+    )
+
+
+@functools.cache
+def _specialized(kernel: Any) -> list[bool]:
+    return [not parameter.do_not_specialize for parameter in kernel.params]
+
+
+def _find_and_start(
+    kernel: Any,
+    grid: Grid,
+    arguments: tuple[Any, ...],
+    tiles: Tiles,
+    dtype: torch.dtype,
+    key: tuple[Any, ...],
+    constants: dict[str, Any],
+    device: torch.device,
+) -> _Started | None:
+    """Chooses a configuration, compiles the kernel where it is not, and starts it; returns what the next call of this
+    form needs, or None where the choice was not a lasting one."""
+    configs = tiles.of(architecture(device), dtype)
+    first = config = configs[0]
+    if not all(grid(first.blocks)):
+        return None
+    lasting = True
+
+    def run(config: Config) -> Any:
+        return kernel[grid(config.blocks)](*arguments, **constants, **config.options)
+
+    if len(configs) > 1 and tuning.enabled():
         what = (kernel.fn, dtype, key, tuple(constants.items()), tuple([argument is None for argument in arguments]))
         compile_all = functools.partial(_compile_all, kernel, arguments, constants, configs)
-        config = tuning.choices(device).best(what, configs, run, arguments, compile_all)
-        try:
-            run(config)
-        except OutOfResources:  # chosen for another call that counts as the same, or on a GPU of the same name
-            if config is first:
-                raise
-            run(first)
+        choices = tuning.choices(device)
+        config = choices.best(what, configs, run, arguments, compile_all)
+        lasting = what in choices.chosen
+    try:
+        compiled = run(config)
+    except OutOfResources:  # chosen for another call that counts as the same, or on a GPU of the same name
+        if config is first:
+            raise
+        config = first
+        compiled = run(first)
+    if not lasting or not isinstance(compiled, CompiledKernel):
+        return None
+    values = {**constants, **config.blocks}
+    return _Started(compiled, config.blocks, tuple(values[name] for name in kernel.arg_names[len(arguments) :]))
 
 
 def _compile_all(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from albert_fast.kernels import dropout
 from albert_fast.kernels.column_sum import column_sum, strips
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, launch, next_power_of_2
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch, next_power_of_2
 
 
 def block_of(columns: int) -> int:
@@ -87,6 +87,7 @@ def gradient_of_sum(grad, normed, weight, rstd, columns):
 @triton.jit(do_not_specialize=["tokens", "strip", "batch", "eps", "scale", "keep_limit", "site"])
 def layer_norm_backward_kernel(
     grad_output,  # [tokens, hidden]
+    more,  # [tokens, hidden], contiguous: is added to grad_output; or None
     x,  # [tokens, hidden]; the sum where SAVED
     bias,  # [hidden] or None
     residual,  # [tokens, hidden]; None where SAVED
@@ -145,6 +146,8 @@ def layer_norm_backward_kernel(
         mask = row_inside[:, None] & column_inside[None, :]
         row = token.to(tl.int64)[:, None]
         grad = tl.load(grad_output + row * stride_grad + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if more is not None:
+            grad += tl.load(more + row * hidden + column[None, :], mask=mask, other=0.0).to(tl.float32)
         summed = tl.load(x + row * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             keep = dropout.token_keep_mask(
@@ -199,9 +202,11 @@ def run(
     seed: Tensor | None,
     site: int,
     cu_seqlens: Tensor | None,
+    more: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Launches the two kernels. `vectors`: gradients of weight, ln_bias and bias, of any dtypes."""
+    """Launches the two kernels. `vectors`: gradients of weight, ln_bias and bias, of any dtypes; `more`: contiguous, is
+    added to grad_output."""
     tokens, hidden = grad_output.shape
     block = block_of(hidden)
     # As many programs as run at once: with masks a thread has about 220 registers, without about 160.
@@ -212,6 +217,7 @@ def run(
         layer_norm_backward_kernel,
         lambda blocks: (programs,),
         grad_output,
+        more,
         x,
         bias,
         residual,
@@ -223,7 +229,7 @@ def run(
         seed if dropout_p else None,
         cu_seqlens if dropout_p else None,
         tokens,
-        triton.cdiv(tokens, max(programs, 1)),
+        cdiv(tokens, max(programs, 1)),
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         hidden,
         *(0 if tensor is None else tensor.stride(0) for tensor in (grad_output, x, residual, *outputs)),

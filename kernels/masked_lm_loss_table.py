@@ -19,7 +19,7 @@ from torch import Tensor
 
 from albert_fast import backends
 from albert_fast.kernels.labelled_tokens import labelled_tokens
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, dot_precision, launch, next_power_of_2
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, dot_precision, launch, next_power_of_2
 from albert_fast.kernels.masked_lm_loss import (
     LOG2E,
     MOST_COLUMNS,
@@ -181,7 +181,7 @@ TILES = {
         _INTERPRETER,
         half={
             80: (_config(64, 64, 4, 3), _config(128, 64, 8, 2), _config(64, 32, 4, 3)),
-            90: (_config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(128, 32, 4, 4)),
+            90: (_config(64, 64, 4, 3), _config(128, 32, 4, 3), _config(128, 64, 8, 3)),
             100: (_config(128, 64, 8, 3), _config(64, 64, 4, 3)),
         },
         single=dict.fromkeys(ARCHITECTURES, (_config(32, 64, 8, 1), _config(32, 64, 8, 2), _config(64, 64, 8, 2))),
@@ -230,7 +230,7 @@ def masked_lm_loss_backward(
 
     count = labels.new_empty(1, dtype=torch.int32)
     positions = labelled_tokens(labels, ignore_index, count)
-    padded = triton.cdiv(tokens, _PADDING.value) * _PADDING.value
+    padded = cdiv(tokens, _PADDING.value) * _PADDING.value
     programs = padded // _ROWS.value
     labelled_x = x.new_empty(padded, block_e)
     target = labels.new_empty(padded, dtype=torch.int32)
@@ -268,7 +268,7 @@ def masked_lm_loss_backward(
     )
     launch(
         table_gradient_kernel,
-        lambda blocks: (triton.cdiv(vocabulary, blocks["BLOCK_V"]),),
+        lambda blocks: (cdiv(vocabulary, blocks["BLOCK_V"]),),
         labelled_x,
         table,
         bias,

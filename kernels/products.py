@@ -4,9 +4,10 @@
 In half precision, and for the tanh form of GELU where there is an activation. Which of the two is chosen for each
 product by timing both, once for each kind of call, as `albert_fast.kernels.tuning` does for configurations: dtype,
 widths, and tokens rounded up to a power of two. With ALBERT_FAST_AUTOTUNE=0, and while a CUDA graph is captured before
-a kind was timed, a rule decides: cuBLASLt on compute capability 9.0 to below 12.0. Before Hopper its GELU was seen to
-end in a second kernel (github.com/karpathy/llm.c, #338; by default it fuses from Hopper on, #653), and on 12.0 to be
-slower than a kernel apart (github.com/sgl-project/sglang, #34350).
+a kind was timed, a rule decides: cuBLASLt on compute capability 9.0 to below 12.0, but for the gradient of GELU, which
+takes it 2.2 times as long as a product and a kernel apart (H200, cuBLASLt 13.1; benchmarks/NOTES.md). Before Hopper its
+GELU was seen to end in a second kernel (github.com/karpathy/llm.c, #338; by default it fuses from Hopper on, #653), and
+on 12.0 to be slower than a kernel apart (github.com/sgl-project/sglang, #34350).
 
 ALBERT_FAST_CUBLASLT=1 takes cuBLASLt wherever it serves, 0 nowhere.
 """
@@ -40,6 +41,9 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, form: str, inner:
         `out`.
     """
 
+    def fused() -> bool:
+        return cublaslt.linear_gelu(x, weight, bias, out, inner)()
+
     def apart() -> None:
         torch.addmm(bias, x, weight.t(), out=inner)
         gelu(inner, None, form, out=out)
@@ -47,8 +51,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, form: str, inner:
     if out is inner or form != "tanh" or not _serves(x):
         apart()
     else:
-        product = cublaslt.linear_gelu(x, weight, bias, out, inner)
-        _run(linear_activation, x, weight.shape, product, apart, (inner, out))
+        _run(linear_activation, x, weight.shape, fused, apart, (inner, out))
     return out
 
 
@@ -72,11 +75,10 @@ def activation_gradient(
     if form != "tanh" or not _serves(grad):
         apart()
         return
-    grad_bias = grad.new_empty(weight.shape[1])
-    product = cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)
 
     def fused() -> bool:
-        if not product():
+        grad_bias = grad.new_empty(weight.shape[1])
+        if not cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)():
             return False
         gelu(inner, None, form, out=activated)  # the activations were not kept
         sums.add_(grad_bias)
@@ -110,11 +112,10 @@ def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, sums: Ten
     if sums is None or not _serves(grad):
         apart()
         return total
-    grad_bias = torch.empty_like(sums)
-    product = cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)
 
     def fused() -> bool:
-        if not product():
+        grad_bias = torch.empty_like(sums)
+        if not cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)():
             return False
         sums.add_(grad_bias)
         return True
@@ -180,12 +181,12 @@ def _choose(
 ) -> str:
     if cublaslt.setting() == "1":
         return FUSED
-    ways = (FUSED, APART) if _by_rule(x.device) else (APART, FUSED)
+    ways = (FUSED, APART) if _by_rule(what, x.device) else (APART, FUSED)
     if not x.is_cuda or not tuning.enabled():
         return ways[0]
     kind = (next_power_of_2(x.shape[0]), *widths, f"cuBLASLt {cublaslt.version(x.device)}")
     return tuning.choices(x.device).best((what, x.dtype, kind, (), ()), ways, run, written)
 
 
-def _by_rule(device: torch.device) -> bool:
-    return device.type == "cuda" and 90 <= architecture(device) < 120
+def _by_rule(what: Callable[..., object], device: torch.device) -> bool:
+    return what is not activation_gradient and device.type == "cuda" and 90 <= architecture(device) < 120

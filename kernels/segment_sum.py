@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, launch
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch
 
 _KEY = Config({"BLOCK": 1024})
 KEY_TILES = Tiles(
@@ -195,7 +195,7 @@ def _sum(ids: Tensor, rows: Tensor, size: int, out: Tensor, accumulate: bool, sk
     keys = torch.empty(count, dtype=torch.int16 if size <= 2**15 else torch.int32, device=ids.device)
     launch(
         sort_key_kernel,
-        lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),),
+        lambda blocks: (cdiv(count, blocks["BLOCK"]),),
         ids.contiguous(),
         keys,
         count,
@@ -207,11 +207,11 @@ def _sum(ids: Tensor, rows: Tensor, size: int, out: Tensor, accumulate: bool, sk
     keys, order = torch.sort(keys, stable=True)
     # In float32 a product of 64 rows takes many registers, and Triton 3.6 makes it one in tf32 on 10.0.
     chunk = 32 if rows.dtype == torch.float32 else 64
-    chunks = triton.cdiv(count, chunk)
+    chunks = cdiv(count, chunk)
     pieces = torch.empty(chunks, 2, columns, dtype=torch.float32, device=rows.device)
     launch(
         segment_sum_kernel,
-        lambda blocks: (chunks, triton.cdiv(columns, blocks["COLUMNS"])),
+        lambda blocks: (chunks, cdiv(columns, blocks["COLUMNS"])),
         rows,
         keys,
         order,
@@ -230,7 +230,7 @@ def _sum(ids: Tensor, rows: Tensor, size: int, out: Tensor, accumulate: bool, sk
     )
     launch(
         segment_join_kernel,
-        lambda blocks: (chunks, triton.cdiv(columns, blocks["COLUMNS"])),
+        lambda blocks: (chunks, cdiv(columns, blocks["COLUMNS"])),
         pieces,
         keys,
         out,

@@ -77,6 +77,9 @@ class Choices:
         path: of the file.
         milliseconds: times a function.
         capturing: whether nothing may be timed now.
+
+    Attributes:
+        chosen: what `best` will answer again, by its `what`.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Choices:
         self._path = path
         self._milliseconds = milliseconds
         self._capturing = capturing
-        self._chosen: dict[Hashable, Any] = {}
+        self.chosen: dict[Hashable, Any] = {}
         self._stored: dict[str, Any] | None = None  # the file, when it was last looked at
 
     def best(
@@ -104,7 +107,7 @@ class Choices:
             arguments: of the call; tensors among them hold afterwards what they hold now.
             compile_all: is called before the first of them is run, so that none waits for its turn to be compiled.
         """
-        chosen = self._chosen.get(what)
+        chosen = self.chosen.get(what)
         if chosen is not None:
             return chosen
         if self._stored is None:
@@ -120,7 +123,7 @@ class Choices:
                     chosen = self._tune(name, configs, run)
             except torch.OutOfMemoryError:  # no room for what timing needs: a later process may have it
                 chosen = configs[0]
-        self._chosen[what] = chosen
+        self.chosen[what] = chosen
         return chosen
 
     def _tune(self, name: str, configs: Sequence[_Config], run: Callable[[_Config], None]) -> _Config:

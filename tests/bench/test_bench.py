@@ -245,6 +245,8 @@ def test_every_peer_is_right(name, mode, config, batch):
         if peer.refuses(mode, dtype, "cpu") is None:
             peer.build(config, state, dtype, CPU, batch)
             results = parity.results(peer, batch, mode)
+            if (name, dtype) == ("openvino", "int8"):
+                most = 0.3  # where the processor has no VNNI its sums saturate
             assert least < parity.error(results, expected) < most, dtype
             if (mode, dtype) == ("training", "autocast"):
                 del results["loss"]

@@ -107,7 +107,11 @@ def test_what_forward_keeps_is_what_backward_reads(tokens, hidden, dropout_p, de
     assert_same_arithmetic({"": applied}, {"": output})
     normed = torch.empty_like(output)
     grads = case.backward(ln_bias=case.ln_bias, normed=normed)
-    scales = dict.fromkeys(grads, float(tokens)) if hidden == 1 else None  # there the gradient of the sum is 0
+    scales = dict.fromkeys(grads, float(tokens)) if hidden == 1 else None
+    if scales is not None:
+        # The gradient of the sum is 0: w g / std - mean(w g) / std, of which either is rounded, or in an FMA one alone.
+        terms = (case.grad * case.weight).norm().item() * EPS**-0.5
+        scales |= dict.fromkeys(("residual", "x", "bias"), terms)
     for actual in (grads, case.from_inputs()):
         assert_all_close(actual, dict(zip(grads, expected_grads, strict=True)), tolerance=1e-5, scales=scales)
     assert_all_close({"": normed}, {"": output}, tolerance=1e-6)
@@ -141,6 +145,17 @@ def test_into_buffers_with_strides_and_in_place(dropout_p, device):
     case.backward(grad_residual=case.grad, grad_x=buffers["grad_x"])
     assert torch.equal(case.grad, grads["residual"])
     assert bool((wide[..., :8] == 7.0).all() & (wide[..., 48:] == 7.0).all())
+
+
+@parametrize_dropout
+def test_a_gradient_in_two_parts(dropout_p, device):
+    case = Case(37, 40, device, dropout_p)
+    first, whole = torch.randn(37, 60, device=device)[:, :40], case.grad
+    more = whole - first
+    case.grad = first + more
+    expected = case.backward()
+    case.grad = first
+    assert_same_arithmetic(case.backward(more=more), expected)
 
 
 def test_without_bias_or_residual(device):

@@ -3,6 +3,9 @@
 There is no GPU to these tests: what Triton and CUDA are asked is answered by stand-ins.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -33,9 +36,10 @@ def write_block(out, size, BLOCK: tl.constexpr):
 
 
 class StandIn:
-    """What `launch` needs of a kernel for a GPU: `kernel[grid](*arguments, **constants)`."""
+    """What `launch` needs of a kernel for a GPU: `kernel[grid](*arguments, **constants)`, and `warmup`."""
 
     arg_names = ("x", "bias", "BLOCK", "FLAG")
+    params = ()
 
     @staticmethod
     def fn() -> None:
@@ -44,6 +48,10 @@ class StandIn:
     def __init__(self, compute: Callable[[Tensor], Any] = lambda x: None) -> None:
         self.compute = compute
         self.runs: list[dict[str, Any]] = []
+        self.compiled: list[dict[str, Any]] = []
+
+    def warmup(self, x: Tensor, bias: Tensor | None, grid: tuple[int, ...], **constants: Any) -> None:
+        self.compiled.append({"runs before": len(self.runs), **constants})
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._run, grid)
@@ -161,6 +169,7 @@ def test_the_first_call_is_tuned_and_the_next_is_not(on_gpu):
     kernel = StandIn()
     start(kernel)
     assert kernel.blocks() == [64, 64, 32, 32, 32]  # each twice, then the faster one
+    assert [(c["runs before"], c["BLOCK"], c["num_warps"]) for c in kernel.compiled] == [(0, 64, 4), (0, 32, 8)]
     start(kernel)
     assert kernel.blocks()[5:] == [32]
     assert kernel.runs[-1] | {"bias": None} == {
@@ -235,7 +244,7 @@ def test_a_choice_that_does_not_fit_gives_way_to_the_first(on_gpu):
                 raise OutOfResources(300, 200, "shared memory")
 
     large = Large()
-    on_gpu._chosen = {(large.fn, *what[1:]): config for what, config in on_gpu._chosen.items()}
+    on_gpu.chosen = {(large.fn, *what[1:]): config for what, config in on_gpu.chosen.items()}
     start(large)
     assert large.blocks() == [32, 64]
     with pytest.raises(OutOfResources):
@@ -261,6 +270,17 @@ def test_torch_compile_never_shows_a_kernel_its_stand_ins(on_gpu):
     assert (compiled(torch.zeros(3)) == 3.0).all()
     assert (compiled(torch.zeros(3)) == 3.0).all()
     assert seen == [Tensor] * (5 + 1)
+
+
+# ------------------------------------------------------------------------------------------------ what is started again
+
+
+def test_a_call_that_was_seen_is_started_as_triton_would(seed, tmp_path):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("started_again.py")), str(seed)]
+    environment = kept | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ with a real one

@@ -50,7 +50,7 @@ def at_hand(library: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cublaslt, "_DEVICE_TYPE", "cpu")
         monkeypatch.setattr(cublaslt, "_opened", {})
         monkeypatch.setattr(cublaslt, "_refusals", {})
-        monkeypatch.setattr(products, "_by_rule", lambda device: True)
+        monkeypatch.setattr(products, "_by_rule", lambda what, device: True)
 
 
 @pytest.fixture
@@ -266,15 +266,22 @@ def test_without_a_native_library(on_the_host, monkeypatch):
 def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The choice on a GPU of a compute capability, where the two ways take so many milliseconds."""
     monkeypatch.undo()
-    monkeypatch.delenv("ALBERT_FAST_CUBLASLT", raising=False)
+    for name in ("ALBERT_FAST_CUBLASLT", "ALBERT_FAST_AUTOTUNE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cublaslt, "version", lambda device: 130100)
 
-    def choose(capability: int, times: dict[str, float], tokens: int = 100, capturing: bool = False) -> str:
+    def choose(
+        capability: int,
+        times: dict[str, float],
+        tokens: int = 100,
+        capturing: bool = False,
+        what: Callable[..., object] = products.linear_activation,
+    ) -> str:
         monkeypatch.setattr(products, "architecture", lambda device: capability)
         chooser = Choices(tmp_path / "tuning.json", lambda run: times[run.args[0]], lambda: capturing)
         monkeypatch.setattr(tuning, "choices", lambda device: chooser)
         x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(tokens, 768))
-        return products._choose(products.linear_activation, x, (3072, 768), lambda way: None, ())
+        return products._choose(what, x, (3072, 768), lambda way: None, ())
 
     return choose
 
@@ -289,6 +296,7 @@ def test_the_faster_is_chosen_and_kept(choose, tmp_path):
 @pytest.mark.parametrize(("capability", "rule"), [(80, "apart"), (89, "apart"), (90, "cuBLASLt"), (120, "apart")])
 def test_where_nothing_is_timed_there_is_a_rule(choose, capability, rule, monkeypatch):
     assert choose(capability, {}, capturing=True) == rule
+    assert choose(capability, {}, capturing=True, what=products.activation_gradient) == products.APART
     monkeypatch.setenv("ALBERT_FAST_AUTOTUNE", "0")
     assert choose(capability, {}) == rule
     monkeypatch.setenv("ALBERT_FAST_CUBLASLT", "1")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.parity import assert_all_close, assert_same_bits, differentiate, offsets
+from ops.parity import assert_all_close, assert_same_bits, check_operator, differentiate, offsets
 from torch import Tensor
 
 from albert_fast import backends
@@ -122,6 +122,40 @@ def test_parameters_in_another_dtype_than_the_products(device):
         assert tensor.dtype == (torch.float16 if name in ("output", "hidden") else torch.float32)
     assert not all(torch.equal(half[name], half[name].half().float()) for name in ("00", "08"))
     assert_all_close({n: t.float() for n, t in half.items()}, exact, 2e-2, scales={"03": 1.0})
+
+
+@pytest.mark.parametrize("recompute", ["none", "ffn", "layer"])
+def test_autocast_changes_nothing_within(recompute, device):
+    """Forward or backward: what the kernels are given is in the dtype of the tokens, products and all."""
+    hidden, weights = torch.randn(9, WIDTH).to(device), [w.to(device) for w in parameters()]
+    given = options(recompute=recompute, return_all=True)
+    upstream = torch.randn(given.num_layers + 1, 9, WIDTH).to(device)
+    arguments = (hidden, weights, offsets([9], device), 9, given, upstream)
+    without = gradients(*arguments)
+    with torch.autocast(device.type, torch.bfloat16):
+        under = gradients(*arguments)
+    assert all(tensor.dtype == torch.float32 for tensor in under.values())
+    assert_same_bits(under, without)
+
+
+def test_the_operators_where_autograd_tracks_no_views(device):
+    """Under a dispatch mode, as opcheck has one: results are whole, and share no memory."""
+    hidden, weights = torch.randn(5, WIDTH).to(device), [w.to(device) for w in parameters()]
+    given = options(num_layers=2, return_all=True)
+    upstream = torch.randn(3, 5, WIDTH).to(device)
+    arguments = (hidden, weights, offsets([5], device), 5, *given.of_training())
+    check_operator(torch.ops.albert_fast.encoder.default, arguments)
+    _, kept = torch.ops.albert_fast.encoder(*arguments)
+    backward = (upstream, kept, *arguments[1:])
+    check_operator(torch.ops.albert_fast.encoder_backward.default, backward, tuple(range(len(backward))))
+
+
+def test_inference_mode(device):
+    hidden, weights = torch.randn(5, WIDTH).to(device), [w.to(device) for w in parameters()]
+    arguments = (hidden, weights, offsets([5], device), 5, options(return_all=True))
+    expected = loop.encoder_inference(*arguments)
+    with torch.inference_mode():
+        assert torch.equal(loop.encoder_inference(*arguments), expected)
 
 
 def test_no_tensor_of_the_size_of_all_passes_beside_what_is_kept(device, monkeypatch):

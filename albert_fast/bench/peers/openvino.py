@@ -22,6 +22,16 @@ class OpenVino(Peer):
     dtypes = ("float32", "bfloat16", "int8")
     devices = ("cpu",)
 
+    def refuses(self, mode: str, dtype: str, device: str) -> str | None:
+        reason = super().refuses(mode, dtype, device)
+        if reason is not None or dtype != "bfloat16":
+            return reason
+        import openvino
+
+        # Asked for it nevertheless it computes in float32.
+        there = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return None if there else "it has no bfloat16 on this processor"
+
     def build(
         self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
     ) -> None:
