@@ -20,6 +20,9 @@ struct alignas(16) Eight {
 struct alignas(16) Four {
   float value[4];
 };
+struct alignas(8) Two {
+  float value[2];
+};
 
 constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
 
@@ -39,6 +42,13 @@ namespace albert {
 #define ALBERT_ARGUMENT const __grid_constant__
 
 ALBERT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same x, which all lanes of the warp have: now the compiler knows that they do.
+ALBERT_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// The same x, of which the compiler knows nothing: it cannot compute what follows from it ahead, and keep it in registers.
+ALBERT_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 ALBERT_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 ALBERT_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 ALBERT_DEVICE char* shared_memory() {
@@ -48,34 +58,88 @@ ALBERT_DEVICE char* shared_memory() {
 
 ALBERT_DEVICE void sync_block() { __syncthreads(); }
 ALBERT_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+ALBERT_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+// Of 8 x 8 elements of 16 bits lane 4 g + t has row g, columns 2 t and 2 t + 1; then column g, rows 2 t and 2 t + 1.
+ALBERT_DEVICE uint32_t transpose(uint32_t pair) {
+  uint32_t x;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(x) : "r"(pair));
+  return x;
+}
 
 // ---- blocks of a cluster, on compute capability 9.0 and later ----
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
 ALBERT_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// What lies at `local` in this block's shared memory, in that of the cluster's block `rank`.
-ALBERT_DEVICE Four load_of_cluster(const Four* local, int rank) {
-  Four x{};
+// Counts the bytes that come from the cluster's other blocks, phase by phase: a phase ends with the bytes that its expect
+// names, in whatever order both come. One thread makes it, before a barrier of the cluster, and one expects.
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+ALBERT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+ALBERT_DEVICE void make_arrivals(Arrivals* arrivals) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.value[0]), "=f"(x.value[1]), "=f"(x.value[2]), "=f"(x.value[3])
-               : "r"(address)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals))
                : "memory");
 #endif
-  return x;
+}
+ALBERT_DEVICE void expect(Arrivals* arrivals, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
+#endif
+}
+// Returns when the phase, of which this is the lowest bit, is over; what it brought is seen then.
+ALBERT_DEVICE void wait(Arrivals* arrivals, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(arrivals)), "r"(phase & 1)
+        : "memory");
+  } while (done == 0);
+#endif
+}
+// To what has the place of `local` in the shared memory of the cluster's block `rank`, and its bytes to that block's
+// arrivals.
+ALBERT_DEVICE void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, count;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(local)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(shared_address(arrivals)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(x.value[0]), "f"(x.value[1]), "f"(x.value[2]), "f"(x.value[3]), "r"(count)
+               : "memory");
+#endif
 }
 
 // ---- what blocks tell each other goes through L2: L1 is not kept coherent ----
 ALBERT_DEVICE Eight load_shared_by_blocks(const void* p) {
-  const uint4 x = __ldcg(static_cast<const uint4*>(p));
-  return {{x.x, x.y, x.z, x.w}};
+  Eight x;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.pair[0]), "=r"(x.pair[1]), "=r"(x.pair[2]), "=r"(x.pair[3])
+               : "l"(p));
+  return x;
 }
-ALBERT_DEVICE uint32_t load_pair_shared_by_blocks(const void* p) { return __ldcg(static_cast<const uint32_t*>(p)); }
+ALBERT_DEVICE Two load_two_shared_by_blocks(const void* p) {
+  Two x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.value[0]), "=f"(x.value[1]) : "l"(p));
+  return x;
+}
+ALBERT_DEVICE uint32_t load_pair_shared_by_blocks(const void* p) {
+  uint32_t x;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+ALBERT_DEVICE void store_two(void* p, float a, float b) { *static_cast<float2*>(p) = make_float2(a, b); }
 // What no block writes.
 ALBERT_DEVICE Eight load_constant(const void* p) {
   const uint4 x = __ldg(static_cast<const uint4*>(p));
@@ -100,11 +164,31 @@ ALBERT_DEVICE void copy_async(void* to_shared, const void* from) {
 ALBERT_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 ALBERT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-ALBERT_DEVICE float to_float(float x) { return x; }
+// Within two units of the last place.
+ALBERT_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ALBERT_DEVICE float inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ALBERT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
 ALBERT_DEVICE float to_float(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 ALBERT_DEVICE float to_float(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
-ALBERT_DEVICE void from_float(float x, Bf16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-ALBERT_DEVICE void from_float(float x, Fp16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+// Two numbers, rounded, the first in the low half.
+ALBERT_DEVICE uint32_t pack_pair(float first, float second, Bf16) {
+  uint32_t x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
+  return x;
+}
+ALBERT_DEVICE uint32_t pack_pair(float first, float second, Fp16) {
+  uint32_t x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
+  return x;
+}
 
 // sum += a b, a 16 x 16 by b 16 x 8: lane 4 g + t has, with pairs along the 16 that are summed over,
 //   a: rows g, g + 8, g, g + 8 at pairs t, t, t + 4, t + 4;  b: column g at pairs t, t + 4;

@@ -174,11 +174,15 @@ inline void run(int blocks, int cluster, size_t shared_bytes, unsigned seed, std
     if (!fibre.done) throw std::runtime_error("a thread waits at a barrier that the others never reach");
 }
 
+inline void pause() { yield(machine()->late); }  // nothing changes before the others have gone on
 inline Warp& warp() { return warp_of(*machine(), self()); }
 
 }  // namespace host
 
+constexpr bool kHasClusters = true;
 inline int thread_index() { return host::self().thread; }
+inline int same_in_warp(int x) { return x; }
+inline int opaque(int x) { return x; }
 inline int block_index() { return host::self().block; }
 inline int block_count() { return host::machine()->blocks; }
 inline char* shared_memory() { return host::shared_of(host::self().block); }
@@ -197,12 +201,52 @@ inline float shuffle_xor(float x, int mask) {
   host::arrive(warp.barrier);
   return other;
 }
-inline Four load_of_cluster(const Four* local, int rank) {
-  const int own = host::self().block, cluster = host::machine()->cluster;
-  const char* from = reinterpret_cast<const char*>(local) + (host::shared_of(own / cluster * cluster + rank) - host::shared_of(own));
-  Four x;
-  std::memcpy(&x, from, sizeof x);
+inline float shuffle_from(float x, int lane) {
+  host::Warp& warp = host::warp();
+  if (lane < 0 || lane >= kWarp) host::fail("a shuffle from a lane that there is not");
+  warp.shuffled[host::self().thread % kWarp] = x;
+  host::arrive(warp.barrier);
+  const float other = warp.shuffled[lane];
+  host::arrive(warp.barrier);
+  return other;
+}
+inline uint32_t transpose(uint32_t pair) {
+  host::Warp& warp = host::warp();
+  const int lane = host::self().thread % kWarp, column = lane / 4;
+  warp.b[lane][0] = pair;
+  host::arrive(warp.barrier);
+  const auto element = [&](int row) { return warp.b[row * 4 + column / 2][0] >> column % 2 * 16 & 0xffffu; };
+  const uint32_t x = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+  host::arrive(warp.barrier);
   return x;
+}
+struct alignas(8) Arrivals {
+  int32_t missing;  // bytes: expected and not there yet
+  uint16_t expected, phase;
+};
+inline void make_arrivals(Arrivals* arrivals) { *arrivals = {0, 0, 0}; }
+inline void end_phase(Arrivals* arrivals) {
+  if (arrivals->expected != 0 && arrivals->missing == 0) *arrivals = {0, 0, static_cast<uint16_t>(arrivals->phase + 1)};
+}
+inline void expect(Arrivals* arrivals, int bytes) {
+  if (arrivals->expected != 0) host::fail("a phase of arrivals is expected before the one before it is over");
+  arrivals->expected = 1;
+  arrivals->missing += bytes;
+  end_phase(arrivals);
+}
+inline void wait(Arrivals* arrivals, uint32_t phase) {
+  while ((arrivals->phase & 1) == (phase & 1)) host::pause();
+}
+inline void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
+  const int own = host::self().block, cluster = host::machine()->cluster;
+  const long place = reinterpret_cast<char*>(local) - host::shared_of(own);
+  if (rank < 0 || rank >= cluster || place < 0 || place % 16 != 0 || place + sizeof x > host::machine()->shared_bytes)
+    host::fail("what a block sends is not aligned, or not for the shared memory of one of its cluster");
+  char* other = host::shared_of(own / cluster * cluster + rank);
+  std::memcpy(other + place, &x, sizeof x);
+  auto* count = reinterpret_cast<Arrivals*>(other + (reinterpret_cast<char*>(arrivals) - host::shared_of(own)));
+  count->missing -= static_cast<int32_t>(sizeof x);
+  end_phase(count);
 }
 
 inline Eight load_shared_by_blocks(const void* p) {
@@ -218,9 +262,20 @@ inline uint32_t load_pair_shared_by_blocks(const void* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+inline Two load_two_shared_by_blocks(const void* p) {
+  Two x;
+  if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a load of 8 bytes is not aligned");
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_two(void* p, float a, float b) {
+  const Two x{{a, b}};
+  if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a store of 8 bytes is not aligned");
+  std::memcpy(p, &x, sizeof x);
+}
 inline void add_release(uint32_t* p, uint32_t x) { *p += x; }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
-inline void pause() { host::yield(host::machine()->late); }  // nothing changes before the others have gone on
+inline void pause() { host::pause(); }
 inline void copy_async(void* to_shared, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to_shared) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
     host::fail("a copy of 16 bytes is not aligned");
@@ -233,7 +288,9 @@ inline float float_of(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline float to_float(float x) { return x; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float inverse(float x) { return 1.0f / x; }
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Fp16 x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
@@ -262,6 +319,14 @@ inline void from_float(float x, Fp16& y) {
     const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));
     y.bits = static_cast<uint16_t>(sign | (size == 0.0f ? 0 : ((exponent + 13) << 10) + units));
   }
+}
+
+template <class T>
+inline uint32_t pack_pair(float first, float second, T) {
+  T a, b;
+  from_float(first, a);
+  from_float(second, b);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
 
 template <class T>

@@ -1,150 +1,184 @@
 // Attention of the resident encoder: a block takes 16 queries of a head at a time, whose sequences' keys are all among
-// at most 128 tokens. The warps share out keys for the scores, rows for the softmax, columns for the sum over values.
+// at most 128 tokens. The warps share out keys for the scores, and columns for the sum over values, for which each has
+// the probabilities of all rows and keys in its registers.
 #pragma once
 #include "resident_block.h"
 
 namespace albert {
 
-template <class T, class P>
+template <class T, class S>
 struct Attention {
-  Block<T, P>& block;
-  float* scores;        // [kTile][kScoreStride], scaled; -infinity outside a row's sequence
-  T* probabilities;     // [kTile][kProbabilityStride], before they are divided by their sum
-  float* inverse_sums;  // [kTile]
+  static constexpr int kSteps = kMostTokens / kTile;       // keys of a matrix instruction
+  static constexpr int kKeys = kMostTokens / (kWarps * kUnit);  // units of keys of a warp
 
-  ALBERT_DEVICE explicit Attention(Block<T, P>& b)
-      : block(b), scores(reinterpret_cast<float*>(b.warp_sums())),
-        probabilities(reinterpret_cast<T*>(scores + kTile * kScoreStride)),
-        inverse_sums(reinterpret_cast<float*>(probabilities + kTile * kProbabilityStride)) {}
+  Block<T, S>& block;
+  const Arguments<T>& args;
+  const int head_dim;
+  float* scores;  // [kTile][kScoreStride], times log2(e); -infinity outside a row's sequence
 
-  // The keys that a tile's rows see, in whole chunks.
-  struct Keys {
-    int begin, end;
-  };
-  ALBERT_DEVICE Keys keys(int tile) const {
-    int begin = kMostTokens, end = 0;
-    for (int r = tile * kTile; r < (tile + 1) * kTile && r < block.args.tokens; ++r) {
-      const Sequence s = block.sequences()[r];
-      if (s.begin == s.end) continue;
-      begin = s.begin < begin ? s.begin : begin;
-      end = s.end > end ? s.end : end;
-    }
-    return {begin / kChunk * kChunk, divide_up(end, kChunk) * kChunk};
+  ALBERT_DEVICE explicit Attention(Block<T, S>& b)
+      : block(b), args(b.args), head_dim(layout().head_dim()), scores(b.sums()) {}
+
+  ALBERT_DEVICE decltype(auto) layout() const { return block.layout(); }
+  // Part 0, 1 or 2 of a token: query, key, value. Beyond the tokens lies anything: there is room for whole tiles.
+  ALBERT_DEVICE const T* row_of(int r, int part, int head) const {
+    return args.qkv + static_cast<uint32_t>((r * 3 + part) * layout().hidden + head * head_dim);
   }
 
-  // A row of query or key, 8 elements of it; zeros beyond the tokens.
-  ALBERT_DEVICE Eight row_of(int r, int column) const {
-    if (r >= block.args.tokens) return Eight{};
-    return load_shared_by_blocks(block.args.query_key + static_cast<long>(r) * 2 * block.layout.hidden + column);
-  }
-
-  ALBERT_DEVICE void score(int tile, int head, const Keys& all) {
-    const int head_dim = block.layout.head_dim(), first = head * head_dim + block.quad * 8;
-    const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
-    for (int key = all.begin + block.warp * kUnit; key < all.end; key += kWarps * kUnit) {
-      Four sum{};
-      for (int column = first; column < first + head_dim; column += kChunk) {
-        const Eight a = row_of(tile * kTile + block.row, column), a8 = row_of(tile * kTile + block.row + 8, column);
-        const Eight b = row_of(key + block.row, block.layout.hidden + column);
-        multiply_add(sum, {a.pair[0], a8.pair[0], a.pair[1], a8.pair[1]}, b.pair[0], b.pair[1], T{});
-        multiply_add(sum, {a.pair[2], a8.pair[2], a.pair[3], a8.pair[3]}, b.pair[2], b.pair[3], T{});
-      }
+  // For each pair of 8 tokens the second operand of a matrix instruction: 8 tokens by the unit's 8 columns.
+  ALBERT_DEVICE void load_values(uint32_t (&values)[kSteps][2], int head, int unit, const Sequence& all) const {
+    const T* from = row_of(block.row, 2, head) + unit * kUnit + block.quad * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = block.row + i / 2 * 8, k = key + block.quad * 2 + i % 2;
-        bool seen = false;
-        if (tile * kTile + r < block.args.tokens) {
-          const Sequence s = block.sequences()[tile * kTile + r];
-          seen = k >= s.begin && k < s.end;
-        }
-        scores[r * kScoreStride + k] = seen ? sum.value[i] * scale : -INFINITY;
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        values[i][half] = 0;
+        if (i * kTile >= all.begin && i * kTile < all.end)
+          values[i][half] = load_pair_shared_by_blocks(from + (i * kTile + half * 8) * 3 * layout().hidden);
+      }
+  }
+
+  ALBERT_DEVICE void score(int tile, int head, const Sequence& all) const {
+    Four sums[kKeys] = {};
+    const T* a = row_of(tile * kTile + block.row, 0, head) + block.quad * 8;
+    const int eight_rows = 8 * 3 * layout().hidden;
+    const auto key_of = [&](int i) { return all.begin + (i * kWarps + block.warp) * kUnit; };
+    const T* b = row_of(key_of(0) + block.row, 1, head) + block.quad * 8;
+#pragma unroll 2
+    for (int column = 0; column < head_dim; column += kChunk) {
+      const Eight q[2] = {load_shared_by_blocks(a + column), load_shared_by_blocks(a + eight_rows + column)};
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        if (key_of(i) >= all.end) break;
+        const Eight k = load_shared_by_blocks(b + i * kWarps * eight_rows + column);
+        multiply_add(sums[i], {q[0].pair[0], q[1].pair[0], q[0].pair[1], q[1].pair[1]}, k.pair[0], k.pair[1], T{});
+        multiply_add(sums[i], {q[0].pair[2], q[1].pair[2], q[0].pair[3], q[1].pair[3]}, k.pair[2], k.pair[3], T{});
+      }
+    }
+    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(head_dim));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = block.row + half * 8;
+      const Sequence s = block.sequences()[tile * kTile + r];
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const int k = key_of(i) + block.quad * 2;
+        if (k >= all.end) break;
+        const auto seen = [&](int j) {
+          return k + j >= s.begin && k + j < s.end ? sums[i].value[2 * half + j] * scale : -INFINITY;
+        };
+        *reinterpret_cast<Two*>(scores + r * kScoreStride + k) = {{seen(0), seen(1)}};
       }
     }
   }
 
-  ALBERT_DEVICE void softmax(const Keys& all) {
-    for (int r = block.warp; r < kTile; r += kWarps) {
+  // Probabilities before they are divided by their sum, as the first operand of matrix instructions, and one over the sum,
+  // of rows `row` and `row + 8`.
+  ALBERT_DEVICE void softmax(uint32_t (&p)[kSteps][4], float (&inverse_sums)[2], const Sequence& all) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Two s[kSteps][2];
       float largest = -INFINITY, sum = 0;
-      for (int k = all.begin + block.lane; k < all.end; k += kWarp)
-        largest = fmaxf(largest, scores[r * kScoreStride + k]);
-      for (int mask = 1; mask < kWarp; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-      for (int k = all.begin + block.lane; k < all.end; k += kWarp) {
-        const float s = scores[r * kScoreStride + k];
-        const float p = s == -INFINITY ? 0.0f : expf(s - largest);  // a NaN stays one
-        from_float(p, probabilities[r * kProbabilityStride + k]);
-        sum += p;
-      }
-      for (int mask = 1; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (block.lane == 0) inverse_sums[r] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: no keys
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          s[i][j] = {{-INFINITY, -INFINITY}};
+          if (i * kTile >= all.begin && i * kTile < all.end)
+            s[i][j] = *reinterpret_cast<const Two*>(scores + (block.row + half * 8) * kScoreStride + i * kTile + j * 8 +
+                                                    block.quad * 2);
+          largest = fmaxf(largest, fmaxf(s[i][j].value[0], s[i][j].value[1]));
+        }
+      for (int mask = 1; mask < 4; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+      if (largest == -INFINITY) largest = 0;  // no keys, or none but NaN, which stay
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          p[i][2 * j + half] = 0;
+          if (!(i * kTile >= all.begin && i * kTile < all.end)) continue;
+          const float a = exp2_fast(s[i][j].value[0] - largest), b = exp2_fast(s[i][j].value[1] - largest);
+          sum += a + b;
+          p[i][2 * j + half] = pack_pair(a, b, T{});
+        }
+      for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
+      inverse_sums[half] = sum == 0.0f ? 0.0f : inverse(sum);  // 0: no keys
     }
   }
 
-  // Values of 8 tokens for one dimension; zeros outside the sequence, where a NaN times a probability of zero were one.
-  ALBERT_DEVICE Eight values_of(long dim, int key, const Sequence& s) const {
-    Eight v = load_shared_by_blocks(block.args.value + dim * block.args.value_stride() + key);
-    if (key >= s.begin && key + 8 <= s.end) return v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int k = key + 2 * i;
-      if (k < s.begin || k >= s.end) v.pair[i] &= 0xffff0000u;
-      if (k + 1 < s.begin || k + 1 >= s.end) v.pair[i] &= 0x0000ffffu;
-    }
-    return v;
+  // A pair of values, zeros outside the sequence, where a NaN times a probability of zero were one.
+  ALBERT_DEVICE static uint32_t masked(uint32_t pair, int key, const Sequence& s) {
+    if (key < s.begin || key >= s.end) pair &= 0xffff0000u;
+    if (key + 1 < s.begin || key + 1 >= s.end) pair &= 0x0000ffffu;
+    return pair;
   }
 
   // By the sequences that the tile's rows are of: each sees its own values alone.
-  ALBERT_DEVICE void add_values(int tile, int head) {
-    const int head_dim = block.layout.head_dim(), first = tile * kTile;
-    const int last = first + kTile < block.args.tokens ? first + kTile : block.args.tokens;
-    for (int column = block.warp * kUnit; column < head_dim; column += kWarps * kUnit) {
-      const long dim = head * head_dim + column + block.row;
-      Four total{};
-      for (int token = first; token < last;) {
-        const Sequence s = block.sequences()[token];
-        Four sum{};
-        for (int key = s.begin / kChunk * kChunk; key < s.end; key += kChunk) {
-          const int k = key + block.quad * 8;
-          const Eight a = *reinterpret_cast<const Eight*>(probabilities + block.row * kProbabilityStride + k);
-          const Eight a8 = *reinterpret_cast<const Eight*>(probabilities + (block.row + 8) * kProbabilityStride + k);
-          const Eight b = values_of(dim, k, s);
-          multiply_add(sum, {a.pair[0], a8.pair[0], a.pair[1], a8.pair[1]}, b.pair[0], b.pair[1], T{});
-          multiply_add(sum, {a.pair[2], a8.pair[2], a.pair[3], a8.pair[3]}, b.pair[2], b.pair[3], T{});
-        }
-        const int end = s.begin == s.end ? token + 1 : s.end;
+  ALBERT_DEVICE void add_values(int tile, int head, int unit, const uint32_t (&p)[kSteps][4],
+                                const uint32_t (&values)[kSteps][2], const float (&inverse_sums)[2]) const {
+    const int first = tile * kTile, last = least(first + kTile, args.tokens);
+    Four total{};
+    for (int token = first; token < last;) {
+      const Sequence s = block.sequences()[token];
+      Four sum{};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = first + block.row + i / 2 * 8;
-          if (r >= token && r < end) total.value[i] = sum.value[i];
-        }
-        token = end;
+      for (int i = 0; i < kSteps; ++i) {
+        if (i * kTile + kTile <= s.begin || i * kTile >= s.end) continue;
+        const int key = i * kTile + block.quad * 2;
+        multiply_add(sum, p[i], masked(values[i][0], key, s), masked(values[i][1], key + 8, s), T{});
       }
+      const int end = s.begin == s.end ? token + 1 : s.end;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = block.row + half * 8;
-        if (first + r >= last) continue;
-        const float inverse = inverse_sums[r];
-        store_pair(block.args.context + static_cast<long>(first + r) * block.layout.hidden + head * head_dim + column +
-                       block.quad * 2,
-                   total.value[2 * half] * inverse, total.value[2 * half + 1] * inverse);
+      for (int i = 0; i < 4; ++i) {
+        const int r = first + block.row + i / 2 * 8;
+        if (r >= token && r < end) total.value[i] = sum.value[i];
       }
+      token = end;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = first + block.row + half * 8;
+      if (r >= last) continue;
+      T* to = args.context + r * layout().hidden + head * head_dim + unit * kUnit + block.quad * 2;
+      *reinterpret_cast<uint32_t*>(to) =
+          pack_pair(total.value[2 * half] * inverse_sums[half], total.value[2 * half + 1] * inverse_sums[half], T{});
+    }
+  }
+
+  ALBERT_DEVICE void run_part(int tile, int head) const {
+    const Sequence all = block.keys()[tile];
+    uint32_t values[kSteps][2], p[kSteps][4];
+    float inverse_sums[2];
+    int unit = block.warp;
+    const bool has_values = unit * kUnit < head_dim;
+    if (has_values) load_values(values, head, unit, all);
+    score(tile, head, all);
+    sync_block();
+    if (!has_values) return;
+    softmax(p, inverse_sums, all);
+    for (;;) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (!(i * kTile >= all.begin && i * kTile < all.end)) continue;
+        for (int half = 0; half < 2; ++half) values[i][half] = transpose(values[i][half]);
+      }
+      add_values(tile, head, unit, p, values, inverse_sums);
+      unit += kWarps;
+      if (unit * kUnit >= head_dim) break;
+      load_values(values, head, unit, all);
     }
   }
 
   // A cluster has the queries and keys of its own heads; without clusters any block takes any part.
-  ALBERT_DEVICE void run() {
-    const Layout& l = block.layout;
-    const int tiles = block.tiles(), heads = divide_up(l.heads - block.index / l.cluster, l.clusters());
-    const int parts = l.cluster == 1 ? l.heads * tiles : heads * tiles;
-    const int first = l.cluster == 1 ? block.index : block.index % l.cluster;
-    for (int part = first; part < parts; part += l.cluster == 1 ? l.blocks : l.cluster) {
-      const int tile = part % tiles, i = part / tiles;
-      const int head = l.cluster == 1 ? i : block.index / l.cluster + i * l.clusters();
-      const Keys all = keys(tile);
-      score(tile, head, all);  // the scores of the part before were read before its last barrier
-      sync_block();
-      softmax(all);
-      sync_block();
-      add_values(tile, head);
+  ALBERT_DEVICE void run() const {
+    const bool clusters = layout().cluster > 1;
+    const int first_head = clusters ? block.index / layout().cluster * layout().heads_of_cluster() : 0;
+    const int heads = clusters ? least(layout().heads - first_head, layout().heads_of_cluster()) : layout().heads;
+    const int first = clusters ? block.rank : block.index, step = clusters ? layout().cluster : block_count();
+    for (int part = first; part < heads << block.log_tiles; part += step) {
+      const int tile = part & ((1 << block.log_tiles) - 1);
+      if (part != first) sync_block();  // the scores of the part before were read
+      if (tile < block.tiles) run_part(tile, first_head + (part >> block.log_tiles));
     }
   }
 };

@@ -2,115 +2,150 @@
 // for each other.
 #pragma once
 #include "device.h"
-#include "resident_layout.h"
+#include "resident_sizes.h"
 
 namespace albert {
 
-// Two numbers a row: mean and rstd, or what they are made of.
-struct Statistics {
-  float mean, rstd;
-};
-struct Sequence {
-  uint8_t begin, end;  // of the row's sequence among the tokens; end is at most 128
-};
-
-// T: of hidden states; P: of parameters.
-template <class T, class P>
+// T: of hidden states.
+template <class T>
 struct Arguments {
   Layout layout;
   int tokens, batch, passes, activation;
-  bool return_all;
+  bool return_all, float_parameters;
   float eps;
   const T* hidden;
   const int32_t* cu_seqlens;
-  const P* parameters[16];
+  const void* parameters[16];  // T, or float32
   T* output;
   // Workspace.
-  uint32_t* arrivals;  // of blocks at the grid's barrier, zero at first
-  T* query_key;        // [tokens][2 hidden]
-  T* value;            // [hidden][value_stride()]: transposed, so that pairs of tokens are one load
-  T* context;          // [tokens][hidden]
-  T* attended;         // [tokens][hidden], before the first LayerNorm
-  T* inner;            // [tokens][inner], after the activation
-  T* summed;           // [tokens][hidden], before the second LayerNorm
-
-  ALBERT_BOTH int value_stride() const { return divide_up(tokens, kChunk) * kChunk; }
+  uint32_t* arrivals;   // of blocks at the grid's barrier, zero at first
+  T* qkv;               // [tokens, up to whole tiles][3 hidden]
+  T* context;           // [tokens][hidden]
+  T* attended;          // [tokens][hidden], before the first LayerNorm
+  T* inner;             // [tokens][inner], after the activation
+  T* summed;            // [tokens][hidden], before the second LayerNorm
+  Statistics* partial;  // [tokens][norm_parts]: of the last that was written of attended and summed
+  float* norms;         // [4][hidden]: weight and bias of the first LayerNorm, then of the second
+#ifdef ALBERT_RESIDENT_TIMES
+  long long* times;  // [block][pass][kPhases]
+#endif
 };
+
+#ifdef ALBERT_RESIDENT_TIMES
+constexpr int kPhases = 10, kTimesBytes = 256 * 16 * kPhases * 8;  // of up to 256 blocks and 16 passes
+#endif
 
 // Places among a layer's parameters.
 enum { kQuery = 0, kKey = 2, kValue = 4, kDenseWeight = 6, kAttentionNorm = 8, kFfnWeight = 10, kFfnOutputWeight = 12,
        kNorm = 14 };
 
-template <class T, class P>
+template <class T, class S>
 struct Block {
-  const Arguments<T, P>& args;
-  const Layout& layout;
+  const Arguments<T>& args;
   char* shared;
-  int thread, warp, lane, index;
+  int thread, warp, lane, index, rank;
   int row, quad;  // of a matrix instruction's operands: lane = 4 row + quad
-  uint32_t arrived = 0;
+  int tiles, log_tiles;  // log_tiles: of the power of two from tiles on
+  uint32_t arrived = 0;  // blocks at the grid's barrier
+  uint32_t phases = 0;   // of arrivals, that are over
 
-  ALBERT_DEVICE explicit Block(const Arguments<T, P>& a)
-      : args(a), layout(a.layout), shared(shared_memory()), thread(thread_index()), warp(thread / kWarp),
-        lane(thread % kWarp), index(block_index()), row(lane / 4), quad(lane % 4) {}
-
-  ALBERT_DEVICE int tiles() const { return divide_up(args.tokens, kTile); }
-  ALBERT_DEVICE const char* weights(int matrix) const { return shared + layout.offset[matrix]; }
-  ALBERT_DEVICE Four* warp_sums() const { return reinterpret_cast<Four*>(shared + layout.scratch); }
-  ALBERT_DEVICE Four* cluster_sums(int slot) const {
-    return reinterpret_cast<Four*>(shared + layout.scratch + warp_sum_bytes(layout) + slot * cluster_sum_bytes(layout));
+  ALBERT_DEVICE explicit Block(const Arguments<T>& a)
+      : args(a), shared(shared_memory()), index(block_index()), rank(index % layout().cluster),
+        tiles(divide_up(a.tokens, kTile)), log_tiles(log2_up(tiles)) {
+    begin();
   }
-  ALBERT_DEVICE Statistics* partial_statistics() const { return reinterpret_cast<Statistics*>(cluster_sums(layout.slots)); }
-  ALBERT_DEVICE Statistics* statistics() const { return partial_statistics() + kWarps * kTile; }
-  ALBERT_DEVICE Sequence* sequences() const { return reinterpret_cast<Sequence*>(statistics() + kMostTokens); }
+  // Each phase finds its places anew: those of all phases at a time are more than there are registers.
+  ALBERT_DEVICE void begin() {
+    thread = opaque(thread_index());
+    warp = same_in_warp(thread / kWarp);
+    lane = thread % kWarp;
+    row = lane / 4;
+    quad = lane % 4;
+  }
 
-  // All blocks. The count only grows, and begins at zero with each launch.
-  ALBERT_DEVICE void sync_grid() {
-    arrived += static_cast<uint32_t>(layout.blocks);
-    sync_block();
-    if (thread == 0) {
-      add_release(args.arrivals, 1);
-      while (load_acquire(args.arrivals) < arrived) pause();
+  ALBERT_DEVICE decltype(auto) layout() const { return S::layout(args.layout); }
+  ALBERT_DEVICE const char* weights(int matrix) const { return shared + layout().weights[matrix]; }
+  // which: 0 the bias, 1 and 2 the LayerNorm's weight and bias, of the block's own columns.
+  ALBERT_DEVICE float* vector(int matrix, int which) const {
+    return reinterpret_cast<float*>(shared + layout().vectors[matrix]) + which * layout().units[matrix] * kUnit;
+  }
+  ALBERT_DEVICE float* sums() const { return reinterpret_cast<float*>(shared + layout().sums); }
+  ALBERT_DEVICE float* received() const { return reinterpret_cast<float*>(shared + layout().received); }
+  ALBERT_DEVICE Arrivals* arrivals() const { return reinterpret_cast<Arrivals*>(shared + layout().arrivals); }
+  ALBERT_DEVICE Norm* row_norms() const { return reinterpret_cast<Norm*>(shared + layout().row_norms); }
+  ALBERT_DEVICE Sequence* sequences() const { return reinterpret_cast<Sequence*>(shared + layout().sequences); }
+  // Of each tile the chunks of keys that its rows see.
+  ALBERT_DEVICE Sequence* keys() const { return reinterpret_cast<Sequence*>(shared + layout().keys); }
+  ALBERT_DEVICE const float* norm(int which) const {
+    return (layout().has_norms ? reinterpret_cast<const float*>(shared + layout().norms) : args.norms) +
+           which * layout().hidden;
+  }
+
+  // Rows beyond the tokens are the last one once more: nothing of them is kept.
+  ALBERT_DEVICE int real_row(int r) const { return least(r, args.tokens - 1); }
+
+  // LayerNorm of a row, by `lanes` lanes, each at its place among them. A part's mean is at most
+  // sqrt(parts) standard deviations from the row's: with one as origin the difference of the squares loses no more than
+  // a factor of `parts` (Chan, Golub and LeVeque, 1983, on shifted data).
+  ALBERT_DEVICE Norm norm_of(int r, int place, int lanes) const {
+    const int parts = layout().norm_parts();
+    const Statistics* of_row = args.partial + r * parts;
+    const float origin = load_two_shared_by_blocks(of_row).value[0];
+    float sum = 0, squares = 0;
+    constexpr int kAhead = 8;  // on their way at a time
+#pragma unroll 1
+    for (int first = place; first < parts; first += kAhead * lanes) {
+      Two part[kAhead] = {};
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i * lanes < parts) part[i] = load_two_shared_by_blocks(of_row + first + i * lanes);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i * lanes >= parts) break;
+        const float n = static_cast<float>(layout().norm_columns(first + i * lanes)), d = part[i].value[0] - origin;
+        sum += n * d;
+        squares += part[i].value[1] + n * d * d;
+      }
     }
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      sum += shuffle_xor(sum, mask);
+      squares += shuffle_xor(squares, mask);
+    }
+    const float share = 1.0f / static_cast<float>(layout().hidden), distance = sum * share;
+    return {origin + distance, inverse_root(fmaxf(squares * share - distance * distance, 0.0f) + args.eps)};
+  }
+
+  // All blocks; meanwhile() has what others leave before it to do. The count only grows, and begins at zero with each
+  // launch.
+  template <class Meanwhile>
+  ALBERT_DEVICE void sync_grid(Meanwhile meanwhile) {
+    arrived += static_cast<uint32_t>(block_count());
+    sync_block();
+    if (thread == 0) add_release(args.arrivals, 1);
+    meanwhile();
+    if (thread == 0)
+      while (load_acquire(args.arrivals) < arrived) pause();
     sync_block();
   }
+
+#ifdef ALBERT_RESIDENT_TIMES
+  int phase = 0;
+  ALBERT_DEVICE void mark() {
+    if (thread == 0 && phase < kTimesBytes / 8 / 256) args.times[index * (kTimesBytes / 8 / 256) + phase] = clock64();
+    ++phase;
+  }
+#else
+  ALBERT_DEVICE void mark() {}
+#endif
 };
 
 template <class T>
-ALBERT_DEVICE float element(const Eight& x, int i) {
-  const uint32_t pair = x.pair[i / 2];
-  return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? pair : pair >> 16)});
-}
-template <class P>
-ALBERT_DEVICE void load_parameters(const P* p, float (&to)[8]) {
-  const Eight x = load_constant(p);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = element<P>(x, i);
-}
-ALBERT_DEVICE void load_parameters(const float* p, float (&to)[8]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Eight x = load_constant(p + 4 * half);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[4 * half + i] = float_of(x.pair[i]);
-  }
+ALBERT_DEVICE float low(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair)});
 }
 template <class T>
-ALBERT_DEVICE uint32_t pack_pair(float low, float high) {
-  T a, b;
-  from_float(low, a);
-  from_float(high, b);
-  return a.bits | static_cast<uint32_t>(b.bits) << 16;
-}
-template <class T>
-ALBERT_DEVICE void load_pair(const T* p, float& low, float& high) {
-  const uint32_t pair = load_pair_shared_by_blocks(p);
-  low = to_float(T{static_cast<uint16_t>(pair)});
-  high = to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-template <class T>
-ALBERT_DEVICE void store_pair(T* p, float low, float high) {
-  *reinterpret_cast<uint32_t*>(p) = pack_pair<T>(low, high);
+ALBERT_DEVICE float high(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
 }  // namespace albert

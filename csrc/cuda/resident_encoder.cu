@@ -3,66 +3,97 @@
 //   query, key, value | attention | dense + residual | ffn, gelu | ffn_output + residual
 //
 // with a barrier of the whole grid at each |, and at the first one of a cluster where there are clusters. LayerNorm has no
-// step of its own: who reads a row computes its mean and rstd on the way, from the row that it needs in any case.
+// step of its own: who writes a row leaves the statistics of its columns, and who reads it adds those up on the way.
 #include "resident_attention.h"
 #include "resident_product.h"
 
 namespace albert {
 
-template <class T, class P>
+template <class T, class S>
 struct Encoder {
-  const Arguments<T, P>& args;
-  const Layout& layout;
-  Block<T, P> block;
+  const Arguments<T>& args;
+  Block<T, S> block;
 
-  ALBERT_DEVICE explicit Encoder(const Arguments<T, P>& a) : args(a), layout(a.layout), block(a) {}
+  ALBERT_DEVICE explicit Encoder(const Arguments<T>& a) : args(a), block(a) {}
+
+  ALBERT_DEVICE decltype(auto) layout() const { return block.layout(); }
 
   // ---- once ----
-  // Row `row` of a matrix [out][in], of query, key and value one after the other for kQkv.
-  ALBERT_DEVICE const P* weight_row(int matrix, int row) const {
-    const P* w;
-    switch (matrix) {
-      case kQkv:
-        w = row < layout.hidden ? args.parameters[kQuery]
-                                : row < 2 * layout.hidden ? args.parameters[kKey] : args.parameters[kValue];
-        row %= layout.hidden;
-        break;
-      case kDense: w = args.parameters[kDenseWeight]; break;
-      case kFfn: w = args.parameters[kFfnWeight]; break;
-      default: w = args.parameters[kFfnOutputWeight];
-    }
-    return w + static_cast<long>(row) * layout.inputs(matrix);
+  // Where row `row` of a matrix [out][in] lies, of query, key and value one after the other for kQkv: the place of its
+  // weight among the parameters; row becomes one of that weight.
+  ALBERT_DEVICE int weight_of(int matrix, int& row) const {
+    constexpr int kPlaces[kMatrices] = {kQuery, kDenseWeight, kFfnWeight, kFfnOutputWeight};
+    if (matrix != kQkv) return matrix == kDense ? kPlaces[1] : matrix == kFfn ? kPlaces[2] : kPlaces[3];
+    const int part = row / layout().hidden;
+    row -= part * layout().hidden;
+    return part == 0 ? kQuery : part == 1 ? kKey : kValue;
+  }
+  ALBERT_DEVICE float parameter(int which, int i) const {
+    const void* p = args.parameters[which];
+    return args.float_parameters ? static_cast<const float*>(p)[i] : to_float(static_cast<const T*>(p)[i]);
   }
 
   // Eight elements that lie one after the other, into shared memory as T.
-  ALBERT_DEVICE static void bring(char* to, const T* from) { copy_async(to, from); }
-  template <class Q>
-  ALBERT_DEVICE static void bring(char* to, const Q* from) {
-    float x[8];
-    load_parameters(from, x);
+  ALBERT_DEVICE static void bring(char* to, const float* from) {
     Eight y;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y.pair[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+    for (int half = 0; half < 2; ++half) {
+      const Eight x = load_constant(from + 4 * half);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        y.pair[2 * half + i] = pack_pair(float_of(x.pair[2 * i]), float_of(x.pair[2 * i + 1]), T{});
+    }
     *reinterpret_cast<Eight*>(to) = y;
   }
 
   ALBERT_DEVICE void load_weights() {
+#pragma unroll
     for (int matrix = 0; matrix < kMatrices; ++matrix) {
-      const Share share{layout, matrix, block.index};
-      const int begin = share.chunk_begin(), chunks = share.chunk_end() - begin;
-      for (int u = 0; u < layout.units[matrix]; ++u) {
-        const int unit = share.unit(u);
-        if (unit < 0) continue;
+      const int begin = layout().chunk_begin(matrix, block.rank), chunks = layout().chunk_count(matrix, block.rank);
+      for (int u = 0; u < layout().units[matrix]; ++u) {
+        const int first = layout().column(matrix, block.index, u);
+        if (first < 0) continue;
         // Consecutive threads take what lies together in a row: 4 of them a chunk.
         for (int i = block.thread; i < kUnit * chunks * 4; i += kThreads) {
           const int column = i / (chunks * 4), chunk = i / 4 % chunks, quad = i % 4;
-          char* to = block.shared + layout.offset[matrix] + (u * chunks + chunk) * kChunkBytes +
+          char* to = block.shared + layout().weights[matrix] + (u * layout().chunks[matrix] + chunk) * kChunkBytes +
                      (column * 4 + quad) * static_cast<int>(sizeof(Eight));
-          bring(to, weight_row(matrix, unit * kUnit + column) + (begin + chunk) * kChunk + quad * 8);
+          int row = first + column;
+          const void* weight = args.parameters[weight_of(matrix, row)];
+          const long at = static_cast<long>(row) * layout().inputs(matrix) + (begin + chunk) * kChunk + quad * 8;
+          if (args.float_parameters)
+            bring(to, static_cast<const float*>(weight) + at);
+          else
+            copy_async(to, static_cast<const T*>(weight) + at);
         }
       }
     }
-    wait_copies();
+  }
+
+  // Biases and the LayerNorms' weights: those of the block's own columns, and all where a product reads them.
+  ALBERT_DEVICE void load_vectors() {
+#pragma unroll
+    for (int matrix = 0; matrix < kMatrices; ++matrix)
+      for (int i = block.thread; i < layout().units[matrix] * kUnit; i += kThreads) {
+        int column = layout().column(matrix, block.index, i / kUnit);
+        if (column < 0) continue;
+        column += i % kUnit;
+        const int norm = matrix == kDense ? kNorm : kAttentionNorm;  // of the residual
+        if (layout().outputs(matrix) == layout().hidden)
+          for (int which = 0; which < 2; ++which) block.vector(matrix, 1 + which)[i] = parameter(norm + which, column);
+        const int weight = weight_of(matrix, column);
+        block.vector(matrix, 0)[i] = parameter(weight + 1, column);
+      }
+    const auto norm = [&](int i) {
+      const int place = i < 2 * layout().hidden ? kAttentionNorm : kNorm;
+      return parameter(place + i / layout().hidden % 2, i % layout().hidden);
+    };
+    if (layout().has_norms)
+      for (int i = block.thread; i < 4 * layout().hidden; i += kThreads)
+        reinterpret_cast<float*>(block.shared + layout().norms)[i] = norm(i);
+    else  // first read after barriers of the grid
+      for (int i = block.index * kThreads + block.thread; i < 4 * layout().hidden; i += block_count() * kThreads)
+        args.norms[i] = norm(i);
   }
 
   // Of every row its sequence, none beyond the last; offsets that are no offsets are brought into the tokens' range.
@@ -71,144 +102,93 @@ struct Encoder {
       const int x = args.cu_seqlens[i];
       return x < 0 ? 0 : x > args.tokens ? args.tokens : x;
     };
-    for (int r = block.thread; r < args.tokens; r += kThreads) {
+    for (int r = block.thread; r < kMostTokens; r += kThreads) {
       Sequence s{0, 0};
-      for (int i = 0; i < args.batch; ++i)
+      for (int i = 0; i < args.batch && r < args.tokens; ++i)
         if (offset(i) <= r && r < offset(i + 1)) s = {static_cast<uint8_t>(offset(i)), static_cast<uint8_t>(offset(i + 1))};
       block.sequences()[r] = s;
+    }
+    sync_block();
+    for (int tile = block.thread; tile < kMostTiles; tile += kThreads) {
+      int begin = kMostTokens, end = 0;
+      for (int r = tile * kTile; r < (tile + 1) * kTile; ++r) {
+        const Sequence s = block.sequences()[r];
+        if (s.begin == s.end) continue;
+        begin = least(begin, s.begin);
+        end = most(end, s.end);
+      }
+      block.keys()[tile] = {static_cast<uint8_t>(begin / kTile * kTile), static_cast<uint8_t>(divide_up(end, kTile) * kTile)};
     }
   }
 
   // ---- each pass ----
-  ALBERT_DEVICE float parameter(int which, int i) const { return to_float(args.parameters[which][i]); }
-
-  ALBERT_DEVICE float activate(float x) const {
-    switch (args.activation) {
-      case ALBERT_CUDA_GELU_TANH:
-        return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-      case ALBERT_CUDA_GELU_ERF: return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-      default: return x < 0.0f ? 0.0f : x;
-    }
-  }
-
-  // Two elements of a row through LayerNorm, whose statistics the product before has left.
-  ALBERT_DEVICE void normalized(const T* x, int r, int column, int norm, float& a, float& b) const {
-    load_pair(x + static_cast<long>(r) * layout.hidden + column, a, b);
-    const Statistics s = block.statistics()[r];
-    a = (a - s.mean) * s.rstd * parameter(norm, column) + parameter(norm + 1, column);
-    b = (b - s.mean) * s.rstd * parameter(norm, column + 1) + parameter(norm + 1, column + 1);
-  }
-
-  ALBERT_DEVICE Rows<T, P> input(int matrix, bool first) const {
-    const auto through = [&](const T* data, int norm) {
-      return Rows<T, P>{data, layout.hidden, args.parameters[norm], args.parameters[norm + 1]};
-    };
-    switch (matrix) {
-      case kQkv:
-        if (first) return {args.hidden, layout.hidden, nullptr, nullptr};
-        return through(args.summed, kNorm);
-      case kDense: return {args.context, layout.hidden, nullptr, nullptr};
-      case kFfn: return through(args.attended, kAttentionNorm);
-      default: return {args.inner, layout.inner, nullptr, nullptr};
-    }
-  }
-
-  // Where two elements of a product go: row r, columns `column` and the next. r may lie beyond the tokens.
-  ALBERT_DEVICE void finish(int matrix, bool first, int r, int column, float a, float b) const {
-    const int hidden = layout.hidden;
-    if (r >= args.tokens) return;
-    const auto add_bias = [&](int which, int i) {
-      a += parameter(which + 1, i);
-      b += parameter(which + 1, i + 1);
-    };
-    const long row = r;
-    float x, y;
-    switch (matrix) {
-      case kQkv:
-        add_bias(column < hidden ? kQuery : column < 2 * hidden ? kKey : kValue, column % hidden);
-        if (column < 2 * hidden) {
-          store_pair(args.query_key + row * 2 * hidden + column, a, b);
-        } else {
-          T* to = args.value + static_cast<long>(column % hidden) * args.value_stride() + row;
-          from_float(a, to[0]);
-          from_float(b, to[args.value_stride()]);
-        }
-        break;
-      case kDense:
-        add_bias(kDenseWeight, column);
-        if (first)
-          load_pair(args.hidden + row * hidden + column, x, y);
-        else
-          normalized(args.summed, r, column, kNorm, x, y);
-        store_pair(args.attended + row * hidden + column, x + a, y + b);
-        break;
-      case kFfn:
-        add_bias(kFfnWeight, column);
-        store_pair(args.inner + row * layout.inner + column, activate(a), activate(b));
-        break;
-      default:
-        add_bias(kFfnOutputWeight, column);
-        normalized(args.attended, r, column, kAttentionNorm, x, y);
-        store_pair(args.summed + row * hidden + column, x + a, y + b);
-    }
-  }
-
   // The second LayerNorm for who called: a row a warp.
-  ALBERT_DEVICE void write_output(T* output) {
-    const int hidden = layout.hidden;
-    for (int r = block.index * kWarps + block.warp; r < args.tokens; r += layout.blocks * kWarps) {
-      const T* x = args.summed + static_cast<long>(r) * hidden;
-      float sum = 0, squares = 0, a, b;
-      for (int column = 2 * block.lane; column < hidden; column += 2 * kWarp) {
-        load_pair(x + column, a, b);
-        sum += a + b;
-      }
-      for (int mask = 1; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
-      const float mean = sum / static_cast<float>(hidden);
-      for (int column = 2 * block.lane; column < hidden; column += 2 * kWarp) {
-        load_pair(x + column, a, b);
-        squares += (a - mean) * (a - mean) + (b - mean) * (b - mean);
-      }
-      for (int mask = 1; mask < kWarp; mask *= 2) squares += shuffle_xor(squares, mask);
-      const float rstd = 1.0f / sqrtf(squares / static_cast<float>(hidden) + args.eps);
-      for (int column = 2 * block.lane; column < hidden; column += 2 * kWarp) {
-        load_pair(x + column, a, b);
-        store_pair(output + static_cast<long>(r) * hidden + column,
-                   (a - mean) * rstd * parameter(kNorm, column) + parameter(kNorm + 1, column),
-                   (b - mean) * rstd * parameter(kNorm, column + 1) + parameter(kNorm + 1, column + 1));
+  ALBERT_DEVICE void write_output(T* output) const {
+    for (int r = block.index * kWarps + block.warp; r < args.tokens; r += block_count() * kWarps) {
+      const Norm s = block.norm_of(r, block.lane, kWarp);
+      for (int column = 2 * block.lane; column < layout().hidden; column += 2 * kWarp) {
+        const uint32_t x = load_pair_shared_by_blocks(args.summed + r * layout().hidden + column);
+        const auto one = [&](float value, int i) {
+          return (value - s.mean) * s.scale * block.norm(2)[i] + block.norm(3)[i];
+        };
+        *reinterpret_cast<uint32_t*>(output + r * layout().hidden + column) =
+            pack_pair(one(low<T>(x), column), one(high<T>(x), column + 1), T{});
       }
     }
   }
 
   ALBERT_DEVICE void run() {
+    if (layout().cluster > 1 && block.thread == 0) make_arrivals(block.arrivals());
     load_weights();
+    load_vectors();
     find_sequences();
+    wait_copies();
     sync_block();
-    for (int pass = 0; pass < args.passes; ++pass) {
+    // Each product prepares while the blocks wait for each other.
+#pragma unroll 1
+    for (int pass = 0;; ++pass) {
       const bool first = pass == 0;
-#pragma unroll 1  // one product's code for all four
-      for (int matrix = 0; matrix < kMatrices; ++matrix) {
-        Product<T, P>(block, matrix, input(matrix, first)).run([&](int r, int column, float a, float b) {
-          finish(matrix, first, r, column, a, b);
-        });
-        if (matrix == kQkv && layout.cluster > 1)
-          sync_cluster();
-        else
-          block.sync_grid();
-        if (matrix == kQkv) {
-          Attention<T, P>(block).run();
-          block.sync_grid();
-        }
+      block.begin();
+      Product<T, S, kQkv> qkv(block, first ? args.hidden : args.summed, first);
+      if (first) {
+        qkv.prepare(0);
+      } else {
+        block.sync_grid([&] { qkv.prepare(0); });
+        if (args.return_all || pass == args.passes)
+          write_output(args.output + (args.return_all ? static_cast<long>(pass - 1) * args.tokens * layout().hidden : 0));
+        if (pass == args.passes) return;
       }
-      if (args.return_all || pass == args.passes - 1)
-        write_output(args.output + (args.return_all ? static_cast<long>(pass) * args.tokens * layout.hidden : 0));
+      block.mark();
+      qkv.run();
+      block.mark();
+      if (layout().cluster > 1)
+        sync_cluster();
+      else
+        block.sync_grid([] {});
+      block.begin();
+      block.mark();
+      Attention<T, S>(block).run();
+      block.mark();
+      run<kDense>(args.context, first);
+      run<kFfn>(args.attended, first);
+      run<kFfnOutput>(args.inner, first);
     }
+  }
+
+  template <int kMatrix>
+  ALBERT_DEVICE void run(const T* rows, bool first) {
+    block.begin();
+    Product<T, S, kMatrix> product(block, rows, first);
+    block.sync_grid([&] { product.prepare(0); });
+    block.mark();
+    product.run();
+    block.mark();
   }
 };
 
-template <class T, class P>
-ALBERT_KERNEL void resident_encoder(ALBERT_ARGUMENT Arguments<T, P> args) {
-  Encoder<T, P>(args).run();
+template <class T, class S>
+ALBERT_KERNEL void resident_encoder(ALBERT_ARGUMENT Arguments<T> args) {
+  if constexpr (kHasClusters || !S::kInClusters) Encoder<T, S>(args).run();
 }
 
 }  // namespace albert

@@ -29,8 +29,7 @@ inline int find_device(Device& d) {
   return error;
 }
 
-template <class T, class P>
-cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+inline cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks are there at once, or the launch fails
   attributes[0].val.cooperative = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -46,26 +45,26 @@ cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attribut
 }
 
 // Clusters that the device runs at once: what it is cut into need not be a multiple of a cluster.
-template <class T, class P>
+template <class T, class S>
 int count_clusters(const Layout& l, int& clusters) {
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration<T, P>(l, attributes, nullptr);
-  return cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, P>, &c);
+  const cudaLaunchConfig_t c = configuration(l, attributes, nullptr);
+  return cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, S>, &c);
 }
 
-template <class T, class P>
+template <class T, class S>
 int allow_shared(const Device& d) {
-  return cudaFuncSetAttribute(resident_encoder<T, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
+  return cudaFuncSetAttribute(resident_encoder<T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
 }
 
-template <class T, class P>
-int start(const Arguments<T, P>& args, void* stream_pointer) {
+template <class T, class S>
+int start(const Arguments<T>& args, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   cudaError_t error = cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration<T, P>(args.layout, attributes, stream);
-  return cudaLaunchKernelEx(&c, resident_encoder<T, P>, args);
+  const cudaLaunchConfig_t c = configuration(args.layout, attributes, stream);
+  return cudaLaunchKernelEx(&c, resident_encoder<T, S>, args);
 }
 #else
 // The machine that host.h plays; tests choose it.
@@ -81,25 +80,30 @@ inline std::string& host_error() {
   static std::string error;
   return error;
 }
+inline int& host_instance() {
+  static int instance = 0;
+  return instance;
+}
 inline int find_device(Device& d) {
   d = host_device();
   return 0;
 }
-template <class T, class P>
+template <class T, class S>
 int count_clusters(const Layout&, int& clusters) {
   clusters = host_device().multiprocessors / kClusterBlocks;
   return 0;
 }
-template <class T, class P>
+template <class T, class S>
 int allow_shared(const Device&) {
   return 0;
 }
-template <class T, class P>
-int start(const Arguments<T, P>& args, void*) {
+template <class T, class S>
+int start(const Arguments<T>& args, void*) {
   *args.arrivals = 0;
+  host_instance() = args.layout.instance;
   try {
     host::run(args.layout.blocks, args.layout.cluster, static_cast<size_t>(args.layout.shared_bytes), host_seed()++,
-              [&] { resident_encoder<T, P>(args); });
+              [&] { resident_encoder<T, S>(args); });
   } catch (const std::exception& error) {
     host_error() = error.what();
     return ALBERT_CUDA_KERNEL;
@@ -108,30 +112,55 @@ int start(const Arguments<T, P>& args, void*) {
 }
 #endif
 
-template <class T, class P>
+// Calls use(S) with the sizes that the layout's instance of the kernel has.
+template <class Use>
+int with_sizes(const Layout& l, Use use) {
+  switch (l.instance) {
+    case 1: return use(InClusters{});
+    case 2: return use(Alone{});
+    default: return use(AnySizes{});
+  }
+}
+
+// The layout on so many blocks, by the instance made for the shape where there is one.
+template <class S>
+bool is_made_for(const albert_resident_shape& s, int blocks, int cluster, Layout& layout) {
+  layout = S::make();
+  const bool same = layout.hidden == s.hidden && layout.inner == s.inner && layout.heads == s.heads;
+  layout.blocks = blocks;
+  return same && layout.cluster == cluster && blocks >= S::kLeastBlocks;
+}
+
+template <class T>
 int find_layout(const albert_resident_shape& shape, const Device& device, Layout& layout) {
-  if (const int error = allow_shared<T, P>(device)) return error;
   const auto fits = [&](int blocks, int cluster) {
-    for (int slots : {kMostTokens / kTile, 2}) {
-      layout = make_layout(shape.hidden, shape.inner, shape.heads, blocks, cluster, slots);
-      if (serves(layout) && layout.shared_bytes <= device.shared_bytes) return true;
-    }
+    const auto has_room = [&] { return serves(layout) && layout.shared_bytes <= device.shared_bytes; };
+    if (is_made_for<InClusters>(shape, blocks, cluster, layout) && has_room()) return true;
+    if (is_made_for<Alone>(shape, blocks, cluster, layout) && has_room()) return true;
+    for (const int tiles : {kMostTiles, 2})
+      for (const bool has_norms : {true, false}) {
+        layout = make_layout(0, shape.hidden, shape.inner, shape.heads, blocks, cluster, AnySizes::kTilesOfWarp, tiles,
+                             has_norms);
+        if (has_room()) return true;
+      }
     return false;
   };
+  const auto allow = [&] { return with_sizes(layout, [&](auto s) { return allow_shared<T, decltype(s)>(device); }); };
   if (shape.cluster != 1 && device.has_clusters && device.multiprocessors >= kClusterBlocks) {
     // How many clusters there can be depends on the shared memory, which depends on how many there are.
     int clusters = device.multiprocessors / kClusterBlocks;
     for (int found = 0; clusters > 0 && fits(clusters * kClusterBlocks, kClusterBlocks); clusters = found) {
-      if (const int error = count_clusters<T, P>(layout, found)) return error;
-      if (found >= clusters) return 0;
+      if (const int error = allow()) return error;
+      const int error = with_sizes(layout, [&](auto s) { return count_clusters<T, decltype(s)>(layout, found); });
+      if (error != 0 || found >= clusters) return error;
     }
   }
-  if (shape.cluster <= 1 && fits(device.multiprocessors, 1)) return 0;
+  if (shape.cluster <= 1 && fits(device.multiprocessors, 1)) return allow();
   return ALBERT_CUDA_DOES_NOT_FIT;
 }
 
 // The same, found once for each device and shape: the questions take longer than a launch.
-template <class T, class P>
+template <class T>
 int layout_of(const albert_resident_shape& shape, Layout& layout) {
   struct Known {
     Device device;
@@ -148,7 +177,7 @@ int layout_of(const albert_resident_shape& shape, Layout& layout) {
       layout = k.layout;
       return 0;
     }
-  if (const int error = find_layout<T, P>(shape, device, layout)) return error;
+  if (const int error = find_layout<T>(shape, device, layout)) return error;
   known.push_back({device, shape, layout});
   return 0;
 }
@@ -160,16 +189,15 @@ inline bool valid(const albert_resident_shape& s) {
          (s.cluster == 0 || s.cluster == 1 || s.cluster == kClusterBlocks);
 }
 
-// Calls use(T, P) with the shape's dtypes.
+// Calls use(T) with the shape's dtype.
 template <class Use>
-int with_dtypes(const albert_resident_shape& s, Use use) {
-  if (s.dtype == ALBERT_CUDA_BF16) return s.parameter_dtype == s.dtype ? use(Bf16{}, Bf16{}) : use(Bf16{}, float{});
-  return s.parameter_dtype == s.dtype ? use(Fp16{}, Fp16{}) : use(Fp16{}, float{});
+int with_dtype(const albert_resident_shape& s, Use use) {
+  return s.dtype == ALBERT_CUDA_BF16 ? use(Bf16{}) : use(Fp16{});
 }
 
 // The workspace's parts, 128 bytes apart at least; returns its size. base may be null.
-template <class T, class P>
-size_t lay_out(Arguments<T, P>& a, int hidden, int inner, int tokens, char* base) {
+template <class T>
+size_t lay_out(Arguments<T>& a, int hidden, int inner, int tokens, char* base) {
   size_t size = 0;
   const auto take = [&](size_t bytes) {
     char* part = base + size;
@@ -179,12 +207,16 @@ size_t lay_out(Arguments<T, P>& a, int hidden, int inner, int tokens, char* base
   a.tokens = tokens;
   const size_t rows = static_cast<size_t>(tokens);
   a.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
-  a.query_key = reinterpret_cast<T*>(take(rows * hidden * 2 * sizeof(T)));
-  a.value = reinterpret_cast<T*>(take(static_cast<size_t>(a.value_stride()) * hidden * sizeof(T)));
+  a.qkv = reinterpret_cast<T*>(take(static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T)));
   a.context = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
   a.attended = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
   a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
   a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  a.partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
+  a.norms = reinterpret_cast<float*>(take(static_cast<size_t>(hidden) * 4 * sizeof(float)));
+#ifdef ALBERT_RESIDENT_TIMES
+  a.times = reinterpret_cast<long long*>(take(kTimesBytes));
+#endif
   return size;
 }
 
@@ -206,26 +238,26 @@ int albert_resident_plan_of(const albert_resident_shape* shape, albert_resident_
   using namespace albert;
   if (!valid(*shape)) return ALBERT_CUDA_BAD_ARGUMENT;
   Layout layout{};
-  const int error = with_dtypes(*shape, [&](auto t, auto p) { return layout_of<decltype(t), decltype(p)>(*shape, layout); });
+  const int error = with_dtype(*shape, [&](auto t) { return layout_of<decltype(t)>(*shape, layout); });
   if (error == 0) *plan = {layout.blocks, layout.cluster, layout.shared_bytes};
   return error;
 }
 
 size_t albert_resident_workspace_bytes(const albert_resident_shape* shape, int tokens) {
   using namespace albert;
-  Arguments<Bf16, Bf16> a{};
+  Arguments<Bf16> a{};
   return lay_out(a, shape->hidden, shape->inner, tokens, nullptr);
 }
 
 int albert_resident_encoder(const albert_resident_args* given, void* stream) {
   using namespace albert;
   if (!valid(*given)) return ALBERT_CUDA_BAD_ARGUMENT;
-  return with_dtypes(given->shape, [&](auto t, auto p) {
+  return with_dtype(given->shape, [&](auto t) {
     using T = decltype(t);
-    using P = decltype(p);
-    Arguments<T, P> a{};
-    if (const int error = layout_of<T, P>(given->shape, a.layout)) return error;
+    Arguments<T> a{};
+    if (const int error = layout_of<T>(given->shape, a.layout)) return error;
     lay_out(a, given->shape.hidden, given->shape.inner, given->tokens, static_cast<char*>(given->workspace));
+    a.float_parameters = given->shape.parameter_dtype == ALBERT_CUDA_F32;
     a.batch = given->batch;
     a.passes = given->passes;
     a.activation = given->activation;
@@ -233,9 +265,9 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
     a.eps = given->eps;
     a.hidden = static_cast<const T*>(given->hidden);
     a.cu_seqlens = given->cu_seqlens;
-    for (int i = 0; i < 16; ++i) a.parameters[i] = static_cast<const P*>(given->parameters[i]);
+    for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
     a.output = static_cast<T*>(given->output);
-    return start(a, stream);
+    return with_sizes(a.layout, [&](auto s) { return start<T, decltype(s)>(a, stream); });
   });
 }
 
@@ -257,5 +289,7 @@ void albert_host_machine(int multiprocessors, int shared_bytes, int has_clusters
   albert::host_device() = {0, multiprocessors, shared_bytes, has_clusters != 0};
   albert::host_seed() = seed;
 }
+// Of the kernel that ran last.
+int albert_host_instance() { return albert::host_instance(); }
 #endif
 }

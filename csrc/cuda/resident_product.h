@@ -1,216 +1,339 @@
 // A product x . weightᵀ of the resident encoder: the block's units of the weight are in its shared memory, x comes from
-// L2, straight into the registers that the matrix instruction takes it from. The warps share the sum's chunks out among
-// them; their sums are added in the order of the warps, so that the same bits come out each time.
+// L2, straight into the registers that the matrix instruction takes it from.
+//
+// All tiles of 16 rows go side by side: each group of warps has its own, and the warps of a group share the sum's chunks
+// out among them. Parts of a sum are added in a fixed order, so that the same bits come out each time.
 #pragma once
 #include "resident_block.h"
 
 namespace albert {
 
-// x [tokens][columns], through LayerNorm where `weight` is given.
-template <class T, class P>
-struct Rows {
-  const T* data;
-  int columns;
-  const P* weight;
-  const P* bias;
-};
-
-// Of a warp's step: its chunks, each with rows `row` and `row + 8` of the tile.
-struct Batch {
-  Eight x[kBatch][2];
-};
-
-template <class T, class P>
+template <class T, class S, int kMatrix>
 struct Product {
-  Block<T, P>& block;
-  Rows<T, P> x;
-  Share share;
-  int chunks;   // of this block
-  int batches;  // of every warp: all take part in the barriers
+  static constexpr bool kNormalizes = kMatrix == kQkv || kMatrix == kFfn;
+  static constexpr bool kHasResidual = !kNormalizes;
+  static constexpr int kTiles = S::kTilesOfWarp;
+  // Chunks that are loaded while as many are multiplied.
+  static constexpr int kBatch = kMatrix == kDense ? 2 : S::kBatch;
 
-  ALBERT_DEVICE Product(Block<T, P>& b, int matrix, const Rows<T, P>& rows)
-      : block(b), x(rows), share{b.layout, matrix, b.index}, chunks(share.chunk_end() - share.chunk_begin()),
-        batches(most(divide_up(chunks, kBatch * kWarps), 1)) {}
+  // A warp's part of the sum: chunks `first`, `first + step`, … of the block's, for its tiles.
+  struct Part {
+    int first, step, count, tile, tiles;
+    uint32_t rows[kTiles][2];  // how far from x they lie, bytes
+    Norm of[kTiles][2];
+  };
 
-  // The warp's i-th chunk of a batch, counted from the block's first; chunks and more: there is none.
-  ALBERT_DEVICE int chunk(int batch, int i) const { return (batch * kBatch + i) * kWarps + block.warp; }
+  Block<T, S>& block;
+  const Arguments<T>& args;
+  const bool normalizes;  // the first pass takes its input, and adds it, as it is
+  const T* x;             // [tokens][inputs]
+  const int units, inputs, chunks, chunk_begin;
+  const int at_once;    // tiles of a round: all, but in clusters whose blocks have little room
+  const int log_parts;  // of a sum: one a warp of its group
+  Part part;
 
-  ALBERT_DEVICE void load(Batch& to, int tile, int batch) const {
+  ALBERT_DEVICE Product(Block<T, S>& b, const T* rows, bool is_first)
+      : block(b), args(b.args), normalizes(kMatrix == kFfn || !is_first), x(rows),
+        units(layout().units[kMatrix]), inputs(layout().inputs(kMatrix)), chunks(layout().chunk_count(kMatrix, b.rank)),
+        chunk_begin(layout().chunk_begin(kMatrix, b.rank)),
+        at_once(layout().split(kMatrix) ? layout().tiles_at_once : kMostTiles),
+        log_parts(log2_up(kWarps) - most(least(b.log_tiles, log2_up(at_once)) - log2_up(kTiles), 0)) {}
+
+  ALBERT_DEVICE decltype(auto) layout() const { return block.layout(); }
+
+  // ---- the sum ----
+  // What a warp multiplies at a time: of each chunk and tile the rows `row` and `row + 8`.
+  struct Batch {
+    Eight x[kBatch][kTiles][2];
+  };
+  ALBERT_DEVICE void load(Batch& to, const Part& p, int i) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int c = chunk(batch, i);
+    for (int j = 0; j < kBatch; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = tile * kTile + block.row + half * 8;
-        to.x[i][half] = Eight{};
-        if (c < chunks && r < block.args.tokens)
-          to.x[i][half] = load_shared_by_blocks(x.data + static_cast<long>(r) * x.columns +
-                                                (share.chunk_begin() + c) * kChunk + block.quad * 8);
-      }
-    }
+      for (int t = 0; t < kTiles; ++t)
+        if (i + j < p.count && t < p.tiles)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            to.x[j][t][half] = load_shared_by_blocks(reinterpret_cast<const char*>(x) +
+                                                     (p.rows[t][half] + (i + j) * p.step * kChunk * 2u));
   }
 
-  // Mean and rstd of rows `row` and `row + 8` of the tile, from each warp's mean and squared deviations of its part
-  // (Chan, Golub and LeVeque, 1979): no difference of large numbers, and one barrier.
-  ALBERT_DEVICE void statistics(const Batch& now, int tile, Statistics (&of)[2]) const {
-    int count = 0;
-    for (int i = 0; i < kBatch; ++i) count += chunk(0, i) < chunks ? kChunk : 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0, squares = 0;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum += element<T>(now.x[i][half], j);  // zeros where there is no chunk
-      for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
-      const float mean = count == 0 ? 0.0f : sum / static_cast<float>(count);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float d = element<T>(now.x[i][half], j) - mean;
-          squares += chunk(0, i) < chunks ? d * d : 0.0f;
-        }
-      for (int mask = 1; mask < 4; mask *= 2) squares += shuffle_xor(squares, mask);
-      if (block.quad == 0) block.partial_statistics()[block.warp * kTile + block.row + half * 8] = {mean, squares};
-    }
-    sync_block();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float n = 0, mean = 0, squares = 0;
-      for (int w = 0; w < kWarps; ++w) {
-        const Statistics part = block.partial_statistics()[w * kTile + block.row + half * 8];
-        const int of_warp = chunks > w ? (chunks - w - 1) / kWarps + 1 : 0;
-        if (of_warp == 0) continue;
-        const float m = static_cast<float>(of_warp * kChunk), d = part.mean - mean;
-        mean += d * m / (n + m);
-        squares += part.rstd + d * d * n * m / (n + m);
-        n += m;
-      }
-      of[half] = {mean, 1.0f / sqrtf(squares / n + block.args.eps)};
-      if (block.warp == 0 && block.quad == 0) block.statistics()[tile * kTile + block.row + half * 8] = of[half];
-    }
+  ALBERT_DEVICE static float at(const Eight& x, int i) {
+    return i % 2 == 0 ? low<T>(x.pair[i / 2]) : high<T>(x.pair[i / 2]);
   }
-
-  ALBERT_DEVICE void normalize(Batch& now, const Statistics (&of)[2]) const {
+  ALBERT_DEVICE void normalize(Eight (&now)[kTiles][2], const Part& p, int chunk) const {
+    float weight[8], bias[8];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int c = chunk(0, i);
-      if (c >= chunks) continue;
-      float weight[8], bias[8];
-      load_parameters(x.weight + c * kChunk + block.quad * 8, weight);
-      load_parameters(x.bias + c * kChunk + block.quad * 8, bias);
+    for (int i = 0; i < 2; ++i) {
+      const float* from = block.norm(kMatrix == kFfn ? 0 : 2) + chunk * kChunk + block.quad * 8 + i * 4;
+      const Four w = *reinterpret_cast<const Four*>(from), b = *reinterpret_cast<const Four*>(from + layout().hidden);
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair)
+      for (int j = 0; j < 4; ++j) weight[4 * i + j] = w.value[j], bias[4 * i + j] = b.value[j];
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      if (t < p.tiles)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const auto at = [&](int j) {
-            return (element<T>(now.x[i][half], j) - of[half].mean) * of[half].rstd * weight[j] + bias[j];
-          };
-          now.x[i][half].pair[pair] = pack_pair<T>(at(2 * pair), at(2 * pair + 1));
+          Eight& e = now[t][half];
+          const Norm s = p.of[t][half];
+          const auto one = [&](int i) { return (at(e, i) - s.mean) * s.scale * weight[i] + bias[i]; };
+#pragma unroll
+          for (int i = 0; i < 4; ++i) e.pair[i] = pack_pair(one(2 * i), one(2 * i + 1), T{});
         }
-    }
   }
 
-  ALBERT_DEVICE void multiply(const Batch& now, int batch, Four (&sums)[kMostUnits]) const {
-    const int units = block.layout.units[share.matrix];
-    const char* weights = block.weights(share.matrix) + block.lane * static_cast<int>(sizeof(Eight));
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int c = chunk(batch, i);
-      if (c >= chunks) continue;
-      const Eight(&a)[2] = now.x[i];
-      const uint32_t first[4] = {a[0].pair[0], a[1].pair[0], a[0].pair[1], a[1].pair[1]};
-      const uint32_t second[4] = {a[0].pair[2], a[1].pair[2], a[0].pair[3], a[1].pair[3]};
-#pragma unroll
-      for (int u = 0; u < kMostUnits; ++u) {
-        if (u >= units) break;
-        const Eight b = *reinterpret_cast<const Eight*>(weights + (u * chunks + c) * kChunkBytes);
-        multiply_add(sums[u], first, b.pair[0], b.pair[1], T{});
-        multiply_add(sums[u], second, b.pair[2], b.pair[3], T{});
-      }
-    }
-  }
-
-  // The sum over all warps of unit `block.warp`: there are as many warps as units at most.
-  ALBERT_DEVICE Four add_warps(const Four (&sums)[kMostUnits]) const {
-    const int units = block.layout.units[share.matrix];
-    Four* of_warps = block.warp_sums();
+  ALBERT_DEVICE void multiply(Four (&sums)[kTiles][kMostUnits], const Eight (&now)[kTiles][2], const Part& p,
+                              int chunk) const {
+    const char* weights = block.weights(kMatrix) + block.lane * static_cast<int>(sizeof(Eight)) + chunk * kChunkBytes;
 #pragma unroll
     for (int u = 0; u < kMostUnits; ++u) {
       if (u >= units) break;
-      of_warps[(u * kWarps + block.warp) * kWarp + block.lane] = sums[u];
+      const Eight b = *reinterpret_cast<const Eight*>(weights + u * layout().chunks[kMatrix] * kChunkBytes);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const Eight(&a)[2] = now[t];
+        multiply_add(sums[t][u], {a[0].pair[0], a[1].pair[0], a[0].pair[1], a[1].pair[1]}, b.pair[0], b.pair[1], T{});
+        multiply_add(sums[t][u], {a[0].pair[2], a[1].pair[2], a[0].pair[3], a[1].pair[3]}, b.pair[2], b.pair[3], T{});
+      }
     }
-    sync_block();
-    Four sum{};
-    if (block.warp < units)
-      for (int w = 0; w < kWarps; ++w) add(sum, of_warps[(block.warp * kWarps + w) * kWarp + block.lane]);
-    return sum;
+  }
+
+  // The rows' LayerNorms, for this product and for the residual of the next one: as many lanes a row as there are.
+  ALBERT_DEVICE void find_norms() const {
+    const int log_lanes = log2_up(kThreads / kTile) - block.log_tiles, lanes = 1 << log_lanes;
+    const int r = block.thread >> log_lanes, place = block.thread & (lanes - 1);
+    const Norm s = block.norm_of(block.real_row(r), place, lanes);
+    if (place == 0) block.row_norms()[r] = s;
+  }
+
+  ALBERT_DEVICE int row_of(int first_tile, int t, int half) const {
+    return (first_tile + part.tile + t) * kTile + block.row + half * 8;
+  }
+  // What a round needs to know of the warp's part, before there is anything to read.
+  ALBERT_DEVICE void prepare(int first_tile) {
+    part.first = block.warp & ((1 << log_parts) - 1);
+    part.step = 1 << log_parts;
+    part.tile = (block.warp >> log_parts) * kTiles;
+    part.tiles = least(block.tiles - first_tile, at_once) - part.tile;
+    part.count = part.tiles <= 0 ? 0 : (chunks - part.first + part.step - 1) >> log_parts;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        part.rows[t][half] = opaque((block.real_row(row_of(first_tile, t, half)) * inputs +
+                                     (chunk_begin + part.first) * kChunk + block.quad * 8) * 2);
+  }
+
+  // The warps' parts of a round's sums, each left at [part][row][column]; there is room for so many rows.
+  ALBERT_DEVICE void add_chunks(int first_tile, int rows_of_part) {
+    if (first_tile != 0) prepare(first_tile);
+    const Part& p = part;
+    Batch next{};
+    load(next, p, 0);
+    if (kNormalizes && normalizes) {
+      if (first_tile == 0) {
+        find_norms();
+        sync_block();
+      }
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          part.of[t][half] = block.row_norms()[least(row_of(first_tile, t, half), kMostTokens - 1)];
+    }
+    Four sums[kTiles][kMostUnits] = {};
+#pragma unroll 1
+    for (int i = 0; i < p.count; i += kBatch) {
+      Batch now = next;
+      load(next, p, i + kBatch);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (i + j < p.count) {
+          const int chunk = p.first + (i + j) * p.step;
+          if (kNormalizes && normalizes) normalize(now.x[j], p, chunk);
+          multiply(sums, now.x[j], p, chunk);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      if (t < p.tiles)
+#pragma unroll
+        for (int u = 0; u < kMostUnits; ++u) {
+          if (u >= units) break;
+          const int r = p.first * rows_of_part + (p.tile + t) * kTile + block.row;
+          float* to = block.sums() + r * units * kUnit + u * kUnit + block.quad * 2;
+          const Four s = sums[t][u];
+          *reinterpret_cast<Two*>(to) = {{s.value[0], s.value[1]}};
+          *reinterpret_cast<Two*>(to + 8 * units * kUnit) = {{s.value[2], s.value[3]}};
+        }
+  }
+
+  // ---- from part to part ----
+  // A cluster's block finishes so many rows of each tile.
+  ALBERT_DEVICE int rows_of_tile() const { return layout().split(kMatrix) ? kTile / layout().cluster : kTile; }
+
+  // The block's sum, to those of the cluster that finish the rows: [rank][row][column].
+  ALBERT_DEVICE void send(int tiles_here, int parts, int rows_of_part) const {
+    const int log_width = log2_up(units * 2), place = block.thread & ((1 << log_width) - 1), of_tile = rows_of_tile();
+    if (place >= units * 2) return;
+    for (int j = block.thread >> log_width; j < tiles_here * kTile; j += kThreads >> log_width) {
+      const float* from = block.sums() + j * units * kUnit + place * 4;
+      Four of_part[kWarps] = {}, total{};
+#pragma unroll
+      for (int p = 0; p < kWarps; ++p)
+        if (p < parts) of_part[p] = *reinterpret_cast<const Four*>(from + p * rows_of_part * units * kUnit);
+#pragma unroll
+      for (int p = 0; p < kWarps; ++p) add(total, of_part[p]);
+      const int r = (block.rank * layout().tiles_at_once + j / kTile) * of_tile + j % of_tile;
+      Four* to = reinterpret_cast<Four*>(block.received() + r * units * kUnit + place * 4);
+      albert::send(to, block.arrivals(), j % kTile / of_tile, total);
+    }
   }
   ALBERT_DEVICE static void add(Four& sum, const Four& x) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum.value[i] += x.value[i];
   }
 
-  // Calls finish(row, column, two values) for the lane's part of a tile's unit.
-  template <class Finish>
-  ALBERT_DEVICE void hand_over(const Four& sum, int tile, Finish finish) const {
-    const int unit = block.warp < block.layout.units[share.matrix] ? share.unit(block.warp) : -1;
-    if (unit < 0) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      finish(tile * kTile + block.row + half * 8, unit * kUnit + block.quad * 2, sum.value[2 * half],
-             sum.value[2 * half + 1]);
-  }
+  // ---- what becomes of it ----
+  // Lanes take pairs of columns of a row, and a power of two of them a row; warps take rows. `steps` go over all rows.
+  struct Finish {
+    const Product& product;
+    int first_tile, rows, log_width, width, place, column, step, steps;
+    float share;  // one over the columns
+    float bias[2], weight[2], shift[2];
+    uint32_t residual[2];
 
-  // The cluster's sums, tile by tile, once each block has left its own: of as many tiles at a time as there are slots, or
-  // of half as many, so that a block that is ahead does not write where others still read.
-  template <class Finish>
-  ALBERT_DEVICE void add_blocks(const Four& sum, int tile, Finish finish) const {
-    const int slots = block.layout.slots, tiles = block.tiles(), group = slots >= tiles ? tiles : slots / 2;
-    const int place = block.warp * kWarp + block.lane;
-    const auto slot = [&](int t) { return block.cluster_sums(t / group % 2 * group + t % group) + place; };
-    if (block.warp < block.layout.units[share.matrix]) *slot(tile) = sum;
-    if (tile % group != group - 1 && tile != tiles - 1) return;
-    sync_cluster();
-    if (block.warp >= block.layout.units[share.matrix] || block.warp % block.layout.cluster != share.rank()) return;
-    for (int t = tile / group * group; t <= tile; ++t) {
-      Four total{};
-      for (int rank = 0; rank < block.layout.cluster; ++rank) add(total, load_of_cluster(slot(t), rank));
-      hand_over(total, t, finish);
-    }
-  }
-
-  template <class Finish>
-  ALBERT_DEVICE void run(Finish finish) {
-    static_assert(kMostUnits <= kWarps, "a warp adds up one unit");
-    Batch now, next;
-    Four sums[kMostUnits];
-    load(next, 0, 0);
-    for (int tile = 0; tile < block.tiles(); ++tile) {
+    ALBERT_DEVICE Finish(const Product& p, int first, int tiles_here)
+        : product(p), first_tile(first), rows(tiles_here * p.rows_of_tile()), log_width(log2_up(p.units * 4)),
+          width(1 << log_width), place(p.block.lane & (width - 1)), step(kThreads >> log_width),
+          steps((rows + step - 1) >> (log2_up(kThreads) - log_width)),
+          share(1.0f / static_cast<float>(p.layout().norm_columns(p.block.index / p.layout().cluster))), bias{},
+          weight{}, shift{}, residual{} {
+      const int u = place / 4, begin = p.layout().column(kMatrix, p.block.index, u);
+      column = begin < 0 ? -1 : begin + p.block.quad * 2;
+      if (column < 0) return;
 #pragma unroll
-      for (int u = 0; u < kMostUnits; ++u) sums[u] = Four{};
-      for (int batch = 0; batch < batches; ++batch) {
-        now = next;
-        // The next batch is on its way while this one is multiplied with.
-        if (batch + 1 < batches)
-          load(next, tile, batch + 1);
-        else if (tile + 1 < block.tiles())
-          load(next, tile + 1, 0);
-        if (x.weight != nullptr) {
-          Statistics of[2];
-          statistics(now, tile, of);
-          normalize(now, of);
-        }
-        multiply(now, batch, sums);
+      for (int i = 0; i < 2; ++i) {
+        bias[i] = p.block.vector(kMatrix, 0)[place * 2 + i];
+        if (!kHasResidual) continue;
+        weight[i] = p.block.vector(kMatrix, 1)[place * 2 + i];
+        shift[i] = p.block.vector(kMatrix, 2)[place * 2 + i];
       }
-      // Sums of the tile before may still be read; a product with LayerNorm has had its barrier.
-      if (x.weight == nullptr && tile > 0) sync_block();
-      const Four sum = add_warps(sums);
-      if (share.split())
-        add_blocks(sum, tile, finish);
-      else
-        hand_over(sum, tile, finish);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_residual(i, residual[i]);
+    }
+
+    // Of a step the lane's row among the round's, and among the tokens.
+    ALBERT_DEVICE int place_of(int i) const { return i * step + (product.block.thread >> log_width); }
+    ALBERT_DEVICE int row_of(int j) const {
+      const int of_tile = product.rows_of_tile(), split = product.layout().split(kMatrix);
+      return (first_tile + j / of_tile) * kTile + (split ? product.block.rank * of_tile : 0) + j % of_tile;
+    }
+    ALBERT_DEVICE bool has(int j) const { return column >= 0 && j < rows && row_of(j) < product.args.tokens; }
+
+    // Two steps ahead: what the first two take is on its way while the sums meet.
+    ALBERT_DEVICE void load_residual(int i, uint32_t& to) const {
+      const int j = place_of(i);
+      if (!kHasResidual || !has(j)) return;
+      const T* from = kMatrix == kFfnOutput ? product.args.attended
+                      : product.normalizes  ? product.args.summed
+                                            : product.args.hidden;
+      to = load_pair_shared_by_blocks(from + row_of(j) * product.layout().hidden + column);
+    }
+
+    ALBERT_DEVICE float activate(float x) const {
+      switch (product.args.activation) {
+        case ALBERT_CUDA_GELU_TANH: {  // 1 + tanh(y) = 2 / (1 + exp(-2 y)); log2(e) is in the factor
+          const float y = x * (1.0f + 0.044715f * x * x);
+          return x * inverse(1.0f + exp2_fast(-2.302208198f * y));
+        }
+        case ALBERT_CUDA_GELU_ERF: return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+        default: return x < 0.0f ? 0.0f : x;
+      }
+    }
+
+    // Of a step: the sum of `terms`, which lie at [term][row][column].
+    ALBERT_DEVICE void finish(int i, const float* from, int terms, int rows_of_term) {
+      if (i * step + (product.block.warp << (log2_up(kWarp) - log_width)) >= rows) return;
+      const auto& l = product.layout();
+      const Arguments<T>& args = product.args;
+      const int j = place_of(i), r = row_of(j), columns = product.units * kUnit;
+      const bool on = has(j);
+      Two part[kWarps] = {};
+#pragma unroll
+      for (int t = 0; t < kWarps; ++t)
+        if (on && t < terms)
+          part[t] = *reinterpret_cast<const Two*>(from + (t * rows_of_term + j) * columns + place * 2);
+      float a = 0, b = 0;
+#pragma unroll
+      for (int t = 0; t < kWarps; ++t) a += part[t].value[0], b += part[t].value[1];
+      a += bias[0];
+      b += bias[1];
+      if constexpr (!kHasResidual) {
+        if (!on) return;
+        T* to = kMatrix == kQkv ? args.qkv : args.inner;
+        if (kMatrix == kFfn) a = activate(a), b = activate(b);
+        *reinterpret_cast<uint32_t*>(to + r * l.outputs(kMatrix) + column) = pack_pair(a, b, T{});
+      } else {
+        float x = low<T>(residual[0]), y = high<T>(residual[0]);
+        residual[0] = residual[1];
+        load_residual(i + 2, residual[1]);
+        if (product.normalizes || kMatrix == kFfnOutput) {
+          const Norm s = product.block.row_norms()[least(r, kMostTokens - 1)];
+          x = (x - s.mean) * s.scale * weight[0] + shift[0];
+          y = (y - s.mean) * s.scale * weight[1] + shift[1];
+        }
+        const uint32_t pair = pack_pair(x + a, y + b, T{});
+        T* to = kMatrix == kDense ? args.attended : args.summed;
+        if (on) *reinterpret_cast<uint32_t*>(to + r * l.hidden + column) = pair;
+        leave_statistics(on, r, low<T>(pair), high<T>(pair));
+      }
+    }
+
+    // Mean and squared deviations of the block's columns of a row, with the first element as origin: see norm_of.
+    ALBERT_DEVICE void leave_statistics(bool on, int r, float a, float b) const {
+      const float origin = shuffle_from(a, product.block.lane - place);
+      float sum = on ? (a - origin) + (b - origin) : 0.0f;
+      float squares = on ? (a - origin) * (a - origin) + (b - origin) * (b - origin) : 0.0f;
+#pragma unroll
+      for (int mask = 1; mask < kWarp; mask *= 2)
+        if (mask < width) {
+          sum += shuffle_xor(sum, mask);
+          squares += shuffle_xor(squares, mask);
+        }
+      if (!on || place != 0) return;
+      const auto& l = product.layout();
+      const int part = product.block.index / l.cluster;
+      const float mean = sum * share;
+      store_two(product.args.partial + r * l.norm_parts() + part, origin + mean, fmaxf(squares - sum * mean, 0.0f));
+    }
+  };
+
+  // After prepare(0).
+  ALBERT_DEVICE void run() {
+    static_assert(kMostUnits * 4 <= kWarp, "a warp has a row");
+    for (int first = 0; first < block.tiles; first += at_once) {
+      const int tiles_here = least(block.tiles - first, at_once);
+      const int parts = 1 << log_parts, rows_of_part = kTiles * kTile * kWarps >> log_parts;
+      add_chunks(first, rows_of_part);
+      Finish end(*this, first, tiles_here);
+      sync_block();
+      const float* from = block.sums();
+      int terms = parts, rows_of_term = rows_of_part;
+      if (layout().split(kMatrix)) {
+        send(tiles_here, parts, rows_of_part);
+        if (block.thread == 0) expect(block.arrivals(), tiles_here * kTile * units * kUnit * 4);
+        wait(block.arrivals(), block.phases++);
+        from = block.received();
+        terms = layout().cluster;
+        rows_of_term = at_once * rows_of_tile();
+      }
+#pragma unroll 1
+      for (int i = 0; i < end.steps; ++i) end.finish(i, from, terms, rows_of_term);
+      // What the next round writes has been read.
+      if (at_once == kMostTiles) break;
+      if (first + at_once < block.tiles) sync_cluster();
     }
   }
 };

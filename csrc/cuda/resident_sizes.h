@@ -1,0 +1,36 @@
+// The kernel's instances: sizes that the compiler knows, so that divisions, addresses and loops fold, or any.
+#pragma once
+#include "resident_layout.h"
+
+namespace albert {
+
+struct AnySizes {
+  static constexpr bool kInClusters = false;  // alone: serves both
+  static constexpr int kTilesOfWarp = 1, kBatch = 4;
+  ALBERT_DEVICE static const Layout& layout(const Layout& given) { return given; }
+};
+
+// Of a layer on kBlocks blocks: more of them may run, and have nothing to multiply with.
+template <int kInstance, int kHidden, int kInner, int kHeads, int kBlocks, int kCluster, int kTiles, bool kNorms>
+struct Sizes {
+  static constexpr bool kInClusters = kCluster > 1;
+  static constexpr int kTilesOfWarp = kTiles, kBatch = 6 / kTiles, kLeastBlocks = kBlocks;
+  ALBERT_BOTH static constexpr Layout make() {
+    return make_layout(kInstance, kHidden, kInner, kHeads, kBlocks, kCluster, kTiles, kMostTiles, kNorms);
+  }
+  ALBERT_DEVICE static Layout layout(const Layout&) {
+    constexpr Layout l = make();
+    return l;
+  }
+};
+
+#ifdef __CUDACC__  // ALBERT base, from 16 clusters on; and as an A100 has room for it
+using InClusters = Sizes<1, 768, 3072, 12, 128, 8, 2, true>;
+using Alone = Sizes<2, 768, 3072, 12, 96, 1, 1, false>;
+static_assert(InClusters::make().shared_bytes <= 227 << 10 && Alone::make().shared_bytes <= 163 << 10, "no room");
+#else  // as little, for tests
+using InClusters = Sizes<1, 64, 96, 2, 8, 8, 2, true>;
+using Alone = Sizes<2, 64, 96, 2, 3, 1, 1, false>;
+#endif
+
+}  // namespace albert
