@@ -13,8 +13,10 @@ library), so that `import albert_fast` needs neither.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -146,6 +148,23 @@ CUDA = Backend(
 
 # Best first.
 BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]
+
+
+_for_graphs: ContextVar[bool] = ContextVar("for_graphs", default=False)
+
+
+@contextlib.contextmanager
+def for_graphs() -> Iterator[None]:
+    """What runs inside is to be replayed as a CUDA graph, or warms up for it: many launches then cost little."""
+    token = _for_graphs.set(True)
+    try:
+        yield
+    finally:
+        _for_graphs.reset(token)
+
+
+def are_for_graphs() -> bool:
+    return _for_graphs.get()
 
 
 def choose(call: Call) -> Backend:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from albert_fast import backends
 from albert_fast.model import IGNORE_INDEX, AlbertPreTrainedModel
 from albert_fast.ops.checks import check, check_tensor, describe
 
@@ -173,7 +174,7 @@ class _Recorded:
 
 def _inference(model: AlbertPreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[[], Any]:
     """Replays the forward; the outputs lie in the graph's own memory."""
-    with torch.no_grad(), torch.cuda.device(model.device):
+    with torch.no_grad(), torch.cuda.device(model.device), backends.for_graphs():
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # handles, workspaces and tuning come before the recording

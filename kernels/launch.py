@@ -8,6 +8,7 @@ interpreter runs it, a GPU does, or, under `recording`, nothing runs and what wo
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +150,8 @@ def launch(
         return
     device = arguments[0].device
     with _current(device):
-        call = (kernel, device, id(tiles), dtype, key, *constants.values(), tuning.enabled(), _form(kernel, arguments))
+        form = _form(kernel, arguments)  # of a kernel that lives on: its id is quicker to look up
+        call = (id(kernel), device, id(tiles), dtype, key, *constants.values(), tuning.enabled(), form)
         started = _started.get(call)
         if started is None:
             started = _find_and_start(kernel, grid, arguments, tiles, dtype, key, constants, device)
@@ -173,24 +175,48 @@ class _Started(NamedTuple):
 _started: dict[tuple[Any, ...], _Started] = {}
 
 
-def _form(kernel: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """What Triton compiles different code for: dtypes and whether pointers are multiples of 16 bytes, integers (it
-    looks for 1 and multiples of 16), and whether those that it is told not to specialize on have 32 bits."""
-    return tuple(
-        [
-            (argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,))
-            if isinstance(argument, Tensor)
-            else (argument if specialized else argument >> 31)
-            if argument.__class__ is int
-            else argument.__class__
-            for argument, specialized in zip(arguments, _specialized(kernel), strict=False)
-        ]
-    )
+def _form(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Triton compiles different code for: dtypes, whether pointers are multiples of 16 bytes, integers (it looks
+    for 1 and multiples of 16), and whether those that it is told not to specialize on have 32 bits."""
+    types = tuple(map(type, arguments))
+    places = _places.get((id(kernel), types))
+    if places is None:
+        places = _places[id(kernel), types] = _Places.find(kernel, arguments)
+    tensors, others = places.tensors(arguments), places.others(arguments)
+    dtypes, addresses, high = [], 0, 0
+    for tensor in tensors:
+        dtypes.append(tensor.dtype)
+        addresses |= tensor.data_ptr()
+    for integer in others:
+        high |= integer >> 31
+    aligned = addresses % 16 == 0 or tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+    wide = high and tuple([integer >> 31 for integer in others])
+    return types, tuple(dtypes), aligned, places.specialized(arguments), wide
 
 
-@functools.cache
-def _specialized(kernel: Any) -> list[bool]:
-    return [not parameter.do_not_specialize for parameter in kernel.params]
+class _Places(NamedTuple):
+    """What takes the tensors of a call's arguments, the integers that Triton specializes on, and the others."""
+
+    tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    specialized: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    others: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    kernel: Any  # lives on: its id names it
+
+    @classmethod
+    def find(cls, kernel: Any, arguments: tuple[Any, ...]) -> _Places:
+        def taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+            if len(places) > 1:
+                return operator.itemgetter(*places)
+            return lambda arguments: tuple([arguments[place] for place in places])
+
+        tensors = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        integers = [place for place, argument in enumerate(arguments) if type(argument) is int]
+        free = [place for place in integers if kernel.params[place].do_not_specialize]
+        return cls(taking(tensors), taking([place for place in integers if place not in free]), taking(free), kernel)
+
+
+# By the kernel's id, which is quicker to look up than the kernel, and the types of the arguments.
+_places: dict[tuple[int, tuple[type, ...]], _Places] = {}
 
 
 def _find_and_start(

@@ -4,8 +4,10 @@ Without a GPU the kernels' own source runs on the CPU (csrc/cuda/host.h), with e
 drawn anew: that a barrier is missing shows there. With one the same tests run on it.
 """
 
+import os
 import random
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,12 +29,15 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def on_cpu_without_gpu(monkeypatch, device):
     monkeypatch.setattr(cuda_backend, "_reasons", {})
+    monkeypatch.setattr(cuda_backend, "_fit_alone", {})
+    monkeypatch.setenv("ALBERT_FAST_CLUSTER", "0")
     if device.type == "cpu":
         monkeypatch.setenv("ALBERT_FAST_CUDA_ON_CPU", "1")
 
 
 def machine(device, multiprocessors: int, clusters: bool, shared_bytes: int = SHARED_BYTES) -> None:
-    """What the CPU is to be; a GPU stays what it is."""
+    """What the CPU is to be; a GPU stays what it is, with clusters used or not."""
+    os.environ["ALBERT_FAST_CLUSTER"] = "0" if clusters else "1"  # until the fixture undoes it
     if device.type == "cpu":
         native_cuda.load().albert_host_machine(multiprocessors, shared_bytes, clusters, random.getrandbits(31))
 
@@ -177,6 +182,27 @@ def test_tensors_that_lie_badly(device, monkeypatch):
     for change in (shifted, lambda x: x.t().contiguous().t() if x.ndim == 2 else x.repeat_interleave(2)[::2]):
         moved = {name: change(tensor) for name, tensor in case.tensors.items()}
         assert torch.equal(served(case, monkeypatch, moved), expected)
+
+
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_few_tokens_take_no_clusters(tokens, device, monkeypatch):
+    machine(device, 8, True)
+    monkeypatch.delenv("ALBERT_FAST_CLUSTER")
+    case = Case([tokens], 64, 96, dtype=torch.bfloat16, device=device)
+    check(case, served(case, monkeypatch))
+    if device.type == "cpu":
+        assert native_cuda.load().albert_host_instance() == (2 if tokens == 64 else 1)
+
+
+def test_graphs_of_many_tokens_are_for_others(device):
+    machine(device, 8, True)
+    sizes = EncoderSizes(33, 64, 96, 2, 1, False, False)
+    call = Call("encoder", device, torch.bfloat16, 32, "gelu_new", sizes=sizes)
+    assert cuda_backend.declines(call) is None
+    with backends.for_graphs():
+        assert "CUDA graph" in cuda_backend.declines(call)
+        assert cuda_backend.declines(replace(call, sizes=sizes._replace(tokens=32))) is None
+    assert cuda_backend.declines(call) is None
 
 
 @parametrize_clusters

@@ -98,7 +98,7 @@ def main(seed: int) -> None:
         ours, tritons = noted
         assert ours == tritons, f"{ours} where Triton starts {tritons}"
     kinds = len(launching._started)
-    assert Utils.loaded <= kinds < CALLS, (Utils.loaded, kinds)
+    assert Utils.loaded <= kinds < CALLS // 4, (Utils.loaded, kinds)
     print(f"{Utils.loaded} compiled, {kinds} kinds of {CALLS} calls")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ class StandIn:
     """What `launch` needs of a kernel for a GPU: `kernel[grid](*arguments, **constants)`, and `warmup`."""
 
     arg_names = ("x", "bias", "BLOCK", "FLAG")
-    params = ()
+    params = (SimpleNamespace(do_not_specialize=False),) * 2
 
     @staticmethod
     def fn() -> None:
