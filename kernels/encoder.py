@@ -87,8 +87,10 @@ class _Kept(NamedTuple):
     statistics: Tensor  # [2, 2, tokens]: of the first and of the second, mean and 1 / standard deviation
     inner: Tensor | None  # [tokens, intermediate], the activation's input
 
-    def of_pass(self, index: int) -> _Kept:
-        return _Kept._make(None if tensor is None else tensor[index] for tensor in self)
+    def by_pass(self) -> list[_Kept]:
+        passes = len(self.qkv)
+        parts = [[None] * passes if tensor is None else tensor.unbind() for tensor in self]
+        return [_Kept(*of_pass) for of_pass in zip(*parts, strict=True)]
 
 
 def _pass_shapes(hidden: Tensor, intermediate: int, num_heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -219,12 +221,12 @@ class _Loop:
 
     # ------------------------------------------------------------------------------------------------------ backward
 
-    def input_of(self, index: int, first: Tensor, kept: _Kept, out: Tensor) -> None:
+    def input_of(self, index: int, first: Tensor, kept: list[_Kept], out: Tensor) -> None:
         """The input of a pass: the encoder's, or the second LayerNorm of the pass before, once more."""
         if index == 0:
             out.copy_(first)
             return
-        before, layer = kept.of_pass(index - 1), self.layers[self.layer_of_pass[index - 1]]
+        before, layer = kept[index - 1], self.layers[self.layer_of_pass[index - 1]]
         layer_norm_apply(before.output_summed, layer.norm_weight, layer.norm_bias, before.statistics[1], out=out)
 
     def backward_pass(
@@ -300,8 +302,8 @@ class _Gathered(NamedTuple):
     grad_qkv: Tensor  # [tokens, 3 hidden]
     x: Tensor  # [tokens, hidden], the pass's input
 
-    def of_pass(self, index: int) -> _Gathered:
-        return _Gathered._make(tensor[index] for tensor in self)
+    def by_pass(self) -> list[_Gathered]:
+        return [_Gathered(*of_pass) for of_pass in zip(*(tensor.unbind() for tensor in self), strict=True)]
 
     @classmethod
     def empty(cls, loop: _Loop, passes: int) -> _Gathered:
@@ -400,8 +402,7 @@ def encoder(
         kept[0].copy_(hidden)
         of_all = _Kept(*kept[1:], *([None] if options.recompute == "ffn" else []))
         wide = loop.empty(loop.intermediate)
-        for index in range(passes):
-            of_pass = of_all.of_pass(index)
+        for index, of_pass in enumerate(of_all.by_pass()):
             if of_pass.inner is None:
                 of_pass, into = of_pass._replace(inner=wide), None
             else:
@@ -443,18 +444,20 @@ def encoder_backward(
         wide = loop.empty(loop.intermediate)
     else:
         of_all = _Kept(*kept[1:], *([None] if options.recompute == "ffn" else []))
+        by_pass = of_all.by_pass()
+    slots = gathered.by_pass()
     more: Tensor | None = None
     for first, last in reversed(runs):
         layer_gradients = gradients[loop.layer_of_pass[first]]
         for index in reversed(range(first, last)):
-            slot = gathered.of_pass(index - first)
+            slot = slots[index - first]
             if options.recompute == "layer":
                 of_pass = again._replace(context=context[index - first])
                 slot.x.copy_(kept[0][index])
                 loop.forward_pass(index, slot.x, of_pass, y, h, wide)
             else:
-                of_pass = of_all.of_pass(index)
-                loop.input_of(index, kept[0], of_all, slot.x)
+                of_pass = by_pass[index]
+                loop.input_of(index, kept[0], by_pass, slot.x)
             grad, more = loop.backward_pass(index, grad, more, of_pass, slot, layer_gradients)
             if options.return_all:
                 grad = grad + grad_output[index]

@@ -375,7 +375,7 @@ def _merge_tiles(*configs: Config) -> Tiles:
 
 
 MERGE_TILES = {
-    128: _merge_tiles(_merge_config(2, 16, 8, 2), _merge_config(1, 16, 12, 2)),
+    128: _merge_tiles(_merge_config(2, 16, 8, 2), _merge_config(1, 16, 12, 1), _merge_config(1, 16, 20, 1)),
     256: _merge_tiles(_merge_config(1, 16, 4, 4)),
     512: _merge_tiles(_merge_config(1, 4, 4, 4)),
 }
