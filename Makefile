@@ -30,8 +30,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every Triton kernel, compiled without a GPU by both versions of Triton that are supported; how much of what they can be
-# compiled to is in the docstring of kernels/aot.py. Minutes where nothing of it is in the cache, seconds otherwise.
+# Every Triton kernel and every configuration that tuning tries of it, compiled without a GPU by both versions of Triton
+# that are supported (kernels/aot.py). Minutes where nothing of it is in the cache, seconds otherwise.
 aot: $(STAMP) $(VENV36)/.installed
 	$(BIN)/python -m albert_fast.kernels.aot --all $(ARGS)
 	$(VENV36)/bin/python -m albert_fast.kernels.aot --all $(ARGS)

@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -194,14 +194,18 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, inner: Tenso
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: `refusal` has a reason.
     """
-    (tokens, inputs), outputs = _sizes("x", x), weight.shape[0]
-    stride = _rows("x", x, (tokens, inputs), x)
-    _whole("weight", weight, (outputs, inputs), x)
-    _whole("bias", bias, (outputs,), x)
-    strides = _rows("y", y, (tokens, outputs), x), _rows("inner", inner, (tokens, outputs), x)
-    pointers = (x.data_ptr(), stride, weight.data_ptr(), bias.data_ptr())
-    written = (y.data_ptr(), strides[0], inner.data_ptr(), strides[1])
-    return Product("linear_gelu", x, (tokens, inputs, outputs, *pointers, *written), (x, weight, bias, y, inner))
+    keep = (x, weight, bias, y, inner)
+    with _checked_once("linear_gelu", keep) as due:
+        if due:
+            (tokens, inputs), outputs = _sizes("x", x), weight.shape[0]
+            _rows("x", x, (tokens, inputs), x)
+            _whole("weight", weight, (outputs, inputs), x)
+            _whole("bias", bias, (outputs,), x)
+            _rows("y", y, (tokens, outputs), x)
+            _rows("inner", inner, (tokens, outputs), x)
+    pointers = (x.data_ptr(), _row_stride(x), weight.data_ptr(), bias.data_ptr())
+    written = (y.data_ptr(), _row_stride(y), inner.data_ptr(), _row_stride(inner))
+    return Product("linear_gelu", x, (*x.shape, weight.shape[0], *pointers, *written), keep)
 
 
 def gelu_gradient(grad: Tensor, weight: Tensor, inner: Tensor, grad_inner: Tensor, grad_bias: Tensor) -> Product:
@@ -218,15 +222,18 @@ def gelu_gradient(grad: Tensor, weight: Tensor, inner: Tensor, grad_inner: Tenso
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: `refusal` has a reason.
     """
-    (tokens, inputs), outputs = _sizes("grad", grad), weight.shape[-1]
-    stride = _rows("grad", grad, (tokens, inputs), grad)
-    _whole("weight", weight, (inputs, outputs), grad)
-    strides = _rows("inner", inner, (tokens, outputs), grad), _rows("grad_inner", grad_inner, (tokens, outputs), grad)
-    _whole("grad_bias", grad_bias, (outputs,), grad)
-    pointers = (grad.data_ptr(), stride, weight.data_ptr(), inner.data_ptr(), strides[0])
-    written = (grad_inner.data_ptr(), strides[1], grad_bias.data_ptr())
     keep = (grad, weight, inner, grad_inner, grad_bias)
-    return Product("gelu_gradient", grad, (tokens, inputs, outputs, *pointers, *written), keep)
+    with _checked_once("gelu_gradient", keep) as due:
+        if due:
+            (tokens, inputs), outputs = _sizes("grad", grad), weight.shape[-1]
+            _rows("grad", grad, (tokens, inputs), grad)
+            _whole("weight", weight, (inputs, outputs), grad)
+            _rows("inner", inner, (tokens, outputs), grad)
+            _rows("grad_inner", grad_inner, (tokens, outputs), grad)
+            _whole("grad_bias", grad_bias, (outputs,), grad)
+    pointers = (grad.data_ptr(), _row_stride(grad), weight.data_ptr(), inner.data_ptr(), _row_stride(inner))
+    written = (grad_inner.data_ptr(), _row_stride(grad_inner), grad_bias.data_ptr())
+    return Product("gelu_gradient", grad, (*grad.shape, weight.shape[1], *pointers, *written), keep)
 
 
 def weight_gradient(
@@ -244,15 +251,37 @@ def weight_gradient(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: `refusal` has a reason.
     """
-    (tokens, outputs), inputs = _sizes("grad", grad), x.shape[-1]
-    strides = _rows("grad", grad, (tokens, outputs), grad), _rows("x", x, (tokens, inputs), grad)
-    _whole("grad_weight", grad_weight, (outputs, inputs), grad, torch.float32)
-    if grad_bias is not None:
-        _whole("grad_bias", grad_bias, (outputs,), grad, torch.float32)
-    bias = None if grad_bias is None else grad_bias.data_ptr()
-    pointers = (grad.data_ptr(), strides[0], x.data_ptr(), strides[1], grad_weight.data_ptr(), int(accumulate), bias)
     keep = (grad, x, grad_weight, grad_bias)
-    return Product("weight_gradient", grad, (tokens, inputs, outputs, *pointers), keep)
+    with _checked_once("weight_gradient", keep) as due:
+        if due:
+            (tokens, outputs), inputs = _sizes("grad", grad), x.shape[-1]
+            _rows("grad", grad, (tokens, outputs), grad)
+            _rows("x", x, (tokens, inputs), grad)
+            _whole("grad_weight", grad_weight, (outputs, inputs), grad, torch.float32)
+            if grad_bias is not None:
+                _whole("grad_bias", grad_bias, (outputs,), grad, torch.float32)
+    (tokens, outputs), inputs = grad.shape, x.shape[1]
+    factors = (grad.data_ptr(), _row_stride(grad), x.data_ptr(), _row_stride(x))
+    written = (grad_weight.data_ptr(), int(accumulate), None if grad_bias is None else grad_bias.data_ptr())
+    return Product("weight_gradient", grad, (tokens, inputs, outputs, *factors, *written), keep)
+
+
+# Kinds of calls whose arguments were checked and found to fit: the checks take as long as some products.
+_checked: set[tuple[Any, ...]] = set()
+_MOST_CHECKED = 4096
+
+
+@contextlib.contextmanager
+def _checked_once(name: str, tensors: tuple[Tensor | None, ...]) -> Iterator[bool]:
+    """Whether the checks inside are due: not where tensors of these sizes have passed them."""
+    sizes = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    kind = (name, setting(), *sizes)
+    due = kind not in _checked
+    yield due
+    if due:
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(kind)
 
 
 def _sizes(name: str, factor: Tensor) -> tuple[int, int]:
@@ -266,14 +295,16 @@ def _sizes(name: str, factor: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _rows(name: str, tensor: Tensor, shape: tuple[int, int], like: Tensor) -> int:
-    """The row stride."""
+def _rows(name: str, tensor: Tensor, shape: tuple[int, int], like: Tensor) -> None:
     check_tensor(name, tensor, shape, like=like, dtype=like.dtype)
-    rows, columns = shape
-    stride = columns if rows == 1 else tensor.stride(0)
-    contiguous = columns == 1 or tensor.stride(1) == 1
-    check(contiguous and stride >= columns, f"{name} has strides {tensor.stride()}; contiguous rows were expected")
-    return stride
+    contiguous = shape[1] == 1 or tensor.stride(1) == 1
+    fits = contiguous and _row_stride(tensor) >= shape[1]
+    check(fits, f"{name} has strides {tensor.stride()}; contiguous rows were expected")
+
+
+def _row_stride(tensor: Tensor) -> int:
+    rows, columns = tensor.shape
+    return columns if rows == 1 else tensor.stride(0)
 
 
 def _whole(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -5,6 +5,9 @@ what it was made of: the sources, the compiler and its version, the flags, torch
 written under another name and renamed, behind a file lock, so that a process finds a whole library or none, and two
 that start together build it once. A library of the same sources and torch serves where there is no compiler.
 
+On first use, a processor without AVX-512 gets a library without its kernels, in half the time; the name says which a
+library holds, and one with all of them serves as well. `albert-fast build` makes that one, for any machine.
+
 Object files are named by what they were made of, too: after a change of one source, only that one is compiled.
 
 Nothing is imported, compiled or loaded before an operation is first called; what stands in the way is one line, and
@@ -25,7 +28,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -45,9 +48,11 @@ ISA_FLAGS = {
     "avx512_vnni": f"{_AVX512} -mavx512vnni",
     "avx512_bf16": f"{_AVX512} -mavx512bf16",
 }
-# A source of namespace albert::ALBERT_ISA is compiled for these, and a few for more.
+# A source of namespace albert::ALBERT_ISA is compiled for these, and a few for more; one of albert::avx512 for that.
 _ISAS = ("avx512", "avx2")
 _MORE_ISAS = {"gemm_micro.cpp": ("avx512_vnni", "avx512_bf16")}
+# What a processor must have to run any kernel of avx512*, as Linux calls it.
+_AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 class BuildError(RuntimeError):
@@ -97,6 +102,16 @@ def compiler_version(command: tuple[str, ...]) -> str:
     return f"{' '.join(command)} {os.path.realpath(shutil.which(command[0]) or command[0])} {result.stdout}"
 
 
+@cache
+def has_avx512() -> bool:
+    """Whether this processor can run any kernel of avx512*; True where that is not known."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found is None or set(found[1].split()) >= _AVX512_FEATURES
+
+
 def unavailable() -> str | None:
     """Why this machine cannot have the library, as far as that is seen without building it; None where it can."""
     return _state.reason
@@ -111,24 +126,30 @@ class Plan:
 
     command: tuple[str, ...] | None  # the compiler's; None where there is none
     extra_flags: tuple[str, ...]
-    units: tuple[tuple[Path, str], ...]  # a source and its flags
+    avx512: bool  # its kernels are among them
+    every_unit: tuple[tuple[Path, str], ...]  # a source and its flags
     texts: dict[Path, str]  # digest of each source and what it includes
 
     @classmethod
-    def make(cls, extra_flags: Iterable[str] = ()) -> Plan:
+    def make(cls, extra_flags: Iterable[str] = (), *, avx512: bool | None = None) -> Plan:
         sources = source_folder()
         if sources is None:
             raise BuildError("the C++ sources (csrc) are missing from this installation: install albert_fast anew")
         units = [(sources / _BINDING, _BINDING_FLAGS)]
         for path in sorted([*(sources / "cpu").glob("*.cpp"), *(sources / "cuda").glob("*.cpp")]):
-            isas = _ISAS if "namespace albert::ALBERT_ISA" in path.read_text() else ()
-            units += [(path, f"{ISA_FLAGS[isa]} -DALBERT_ISA={isa}") for isa in (*isas, *_MORE_ISAS.get(path.name, ()))]
+            isas = _isas(path)
+            units += [(path, f"{ISA_FLAGS[isa]} -DALBERT_ISA={isa}") for isa in isas]
             if not isas:
                 units.append((path, ""))
         texts = {path: digest(*with_includes(path)) for path in {path for path, _ in units}}
         command = compiler()
         flags = (*shlex.split(os.environ.get("ALBERT_FAST_CXXFLAGS", "")), *extra_flags)
-        return cls(None if command is None else tuple(command), flags, tuple(units), texts)
+        avx512 = has_avx512() if avx512 is None else avx512
+        return cls(None if command is None else tuple(command), flags, avx512, tuple(units), texts)
+
+    @property
+    def units(self) -> list[tuple[Path, str]]:
+        return [unit for unit in self.every_unit if self.avx512 or "ALBERT_ISA=avx512" not in unit[1]]
 
     def object_name(self, unit: tuple[Path, str]) -> str:
         path, flags = unit
@@ -148,9 +169,9 @@ class Plan:
     @property
     def stem(self) -> str:
         """The part of the library's name that says nothing of the compiler."""
-        texts = [text for path, flags in self.units for text in (self.texts[path], flags)]
+        texts = [text for path, flags in self.every_unit for text in (self.texts[path], flags)]
         made_of = digest(*texts, _FLAGS, *self.extra_flags, torch.__version__)
-        return f"albert_fast-{platform.machine()}-{made_of}"
+        return f"albert_fast-{platform.machine()}-{'avx512' if self.avx512 else 'avx2'}-{made_of}"
 
     @property
     def name(self) -> str:
@@ -171,11 +192,10 @@ class Plan:
         return None if ninja() else "there is no ninja: pip install ninja"
 
     def existing(self) -> Path | None:
-        """The library in the cache; without a compiler, that of any compiler."""
-        if self.command is not None:
-            path = cache_folder() / self.name
-            return path if path.is_file() else None
-        return next(iter(sorted(cache_folder().glob(f"{self.stem}-*.so"))), None)
+        """The library in the cache, or one that holds more; without a compiler, one of any compiler, or with less."""
+        whole, narrow = replace(self, avx512=True), replace(self, avx512=False)
+        names = (whole.name, self.name) if self.command else (f"{whole.stem}-*.so", f"{narrow.stem}-*.so")
+        return next((path for name in names for path in sorted(cache_folder().glob(name))), None)
 
     def ninja_file(self, output: str) -> str:
         assert self.command is not None
@@ -189,6 +209,14 @@ class Plan:
             lines.append(f"build {name}: compile {quoted(path)}\n  flags = {flags}")
         lines.append(f"build {output}: link {' '.join(names)}")
         return "\n".join(lines) + "\n"
+
+
+def _isas(path: Path) -> tuple[str, ...]:
+    """The instruction sets that a source is compiled for; none where it is compiled once, for any."""
+    found = re.search(r"^namespace albert::(\w+)", path.read_text(), re.MULTILINE)
+    if found is None or found[1] not in ("ALBERT_ISA", *ISA_FLAGS):
+        return ()
+    return (*_ISAS, *_MORE_ISAS.get(path.name, ())) if found[1] == "ALBERT_ISA" else (found[1],)
 
 
 def quoted(path: Path) -> str:
@@ -219,18 +247,21 @@ def with_includes(path: Path, seen: set[str] | None = None) -> Iterator[bytes]:
 # ------------------------------------------------------------------------------------------------------ build and load
 
 
-def build(extra_flags: Iterable[str] = (), *, force: bool = False, quiet: bool = True) -> Path:
+def build(
+    extra_flags: Iterable[str] = (), *, avx512: bool | None = None, force: bool = False, quiet: bool = True
+) -> Path:
     """The library's path; it is built where it is not in the cache.
 
     Args:
         extra_flags: of the compiler and the linker, after those of $ALBERT_FAST_CXXFLAGS: -fsanitize=address, …
+        avx512: whether its kernels are in the library; None: where this processor can run them.
         force: compiles all of it anew.
         quiet: says nothing unless it fails.
 
     Raises:
         BuildError: there is no compiler, or it failed; the message holds its own.
     """
-    return build_plan(Plan.make(extra_flags), force=force, quiet=quiet)
+    return build_plan(Plan.make(extra_flags, avx512=avx512), force=force, quiet=quiet)
 
 
 class Buildable(Protocol):
@@ -375,10 +406,10 @@ for _function in (unavailable, load):
 
 
 def build_command(force: bool) -> int:
-    """`albert-fast build`."""
+    """`albert-fast build`: with the kernels of every instruction set, for whatever machine the cache is carried to."""
     start = time.perf_counter()
     try:
-        path = build(force=force, quiet=False)
+        path = build(avx512=True, force=force, quiet=False)
     except BuildError as error:
         print(f"albert-fast build: {error}", file=sys.stderr)
         return 1

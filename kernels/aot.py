@@ -1,16 +1,15 @@
 """Compiles every kernel for every architecture, without a GPU, and checks what comes of it.
 
-Usage: python -m albert_fast.kernels.aot [--all [--more 80,90,100]] [--only KERNEL] [--architectures 80,90,100]
-                                         [--jobs N] [--json FILE] [--update]
+Usage: python -m albert_fast.kernels.aot [--all] [--only KERNEL] [--architectures 80,90,100] [--jobs N] [--json FILE]
+                                         [--update]
 
 `calls` and `variants` run the host functions of this folder under `launch.recording`, on tensors without memory, so
 that what is compiled is what they launch; the signature comes from Triton's own just-in-time compiler. What is covered:
 
 - what `calls` launches, ALBERT base in training, in bfloat16 and float32, for each architecture, in its default
   configuration;
-- with --all, for one architecture (9.0, and 8.0 for float32; --more names others), what tuning chooses among for these
-  calls, and what `variants` launches: other sizes, options and parameters, one or a few at a time, in their default
-  configurations. All of it for all architectures is twice as much.
+- with --all, what tuning chooses among for these calls, and what `variants` launches: other sizes, options and
+  parameters, one or a few at a time, in their default configurations.
 
 For each it prints registers, spilled bytes, shared memory and the instruction that products became. It exits with 1
 where
@@ -67,9 +66,6 @@ DTYPES = (torch.bfloat16, torch.float32)
 DEFAULT_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512  # columns, of compute capability 10.0
-# Where --all compiles more than `calls` by default, by size of the elements: 9.0 is what most GPUs in use with half
-# precision are, and on 8.0 float32, without wgmma or room in shared memory, is tightest.
-MORE = {2: (90,), 4: (80,), 8: (80,)}
 # By how many registers two builds may differ: compilers change.
 REGISTER_TOLERANCE = 8
 # What products become, the better the later; "fma" is none of the tensor cores'.
@@ -511,7 +507,6 @@ def main(
     parser.add_argument("--all", action="store_true", help="configurations for tuning, and `variants`, too")
     parser.add_argument("--only", metavar="KERNEL", default="", help="kernels whose name has this in it")
     parser.add_argument("--architectures", type=_architectures, metavar="80,90,100", default=ARCHITECTURES)
-    parser.add_argument("--more", type=_architectures, metavar="80,90,100", help="what --all adds is for these")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows there, too")
     parser.add_argument("--update", action="store_true", help="writes the rows of this run to the committed table")
@@ -527,11 +522,7 @@ def main(
     # Names are the same whichever part of it is compiled.
     names = {job.digest: name for job, name in zip(every, names_of_variants(every), strict=True)}
 
-    def wanted(job: Job) -> bool:
-        more_on = options.more or MORE[job.launch.dtype.itemsize]
-        return job.digest in basic or (options.all and job.architecture in more_on)
-
-    scope = [job for job in every if wanted(job)]
+    scope = [job for job in every if options.all or job.digest in basic]
     todo = [
         job for job in scope if options.only in job.launch.kernel.__name__ and job.architecture in options.architectures
     ]

@@ -39,7 +39,7 @@ exec {compiler} "$@"
 
 
 class Tree:
-    """A small csrc, a cache and a compiler of their own."""
+    """A small csrc, a cache and a compiler of their own, on a processor with AVX-512."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sources, self.cache, self.log = folder / "csrc", folder / "cache", folder / "log"
@@ -54,6 +54,7 @@ class Tree:
         self.wrapper.chmod(0o755)
         self.monkeypatch = monkeypatch
         monkeypatch.setattr(native, "source_folder", lambda: self.sources)
+        self.processor(avx512=True)
         monkeypatch.setenv("ALBERT_FAST_CACHE", str(self.cache))
         monkeypatch.setenv("CXX", str(self.wrapper))
         monkeypatch.delenv("ALBERT_FAST_CXXFLAGS", raising=False)
@@ -65,6 +66,9 @@ class Tree:
         self.log.unlink(missing_ok=True)
         names = [next((Path(w).name for w in line.split() if w.endswith(".cpp")), "link") for line in lines]
         return sorted(names)
+
+    def processor(self, *, avx512: bool) -> None:
+        self.monkeypatch.setattr(native, "has_avx512", lambda: avx512)
 
     def without_compiler(self) -> None:
         self.monkeypatch.delenv("CXX")
@@ -78,6 +82,10 @@ def tree(tmp_path, monkeypatch):
 
 
 ALL = ["binding.cpp", "kernel.cpp", "kernel.cpp", "link"]
+WITHOUT_AVX512 = ["binding.cpp", "kernel.cpp", "link"]
+# For another process: what `Tree` sets in this one.
+OF_A_TREE = "import sys, pathlib; from albert_fast import native; native.has_avx512 = lambda: True; "
+OF_A_TREE += "native.source_folder = lambda: pathlib.Path(sys.argv[1])"
 
 
 def python(program: str, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -153,8 +161,7 @@ def test_a_build_that_fails_shows_the_compilers_words(tree):
 
 
 def test_a_build_that_was_killed_is_done_again(tree):
-    program = "import sys, pathlib; from albert_fast import native; "
-    program += "native.source_folder = lambda: pathlib.Path(sys.argv[1]); native.build()"
+    program = f"{OF_A_TREE}; native.build()"
     environment = {**os.environ, "WRAPPER_SLEEP": "60"}
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tree.sources)], env=environment, start_new_session=True
@@ -170,8 +177,7 @@ def test_a_build_that_was_killed_is_done_again(tree):
 
 
 def test_two_processes_build_once(tree):
-    program = "import sys, pathlib; from albert_fast import native; "
-    program += "native.source_folder = lambda: pathlib.Path(sys.argv[1]); print(native.build())"
+    program = f"{OF_A_TREE}; print(native.build())"
     command = [sys.executable, "-c", program, str(tree.sources)]
     environment = {**os.environ, "WRAPPER_SLEEP": "0.3"}
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -180,6 +186,80 @@ def test_two_processes_build_once(tree):
     assert len(results) == 1
     assert Path(results.pop()).is_file()
     assert tree.compiled() == ALL
+
+
+# ----------------------------------------------------------------------------------------------- with AVX-512 or not
+
+
+def test_a_processor_without_avx512_gets_none_of_it(tree):
+    tree.processor(avx512=False)
+    narrow = native.build()
+    assert "-avx2-" in narrow.name
+    assert tree.compiled() == WITHOUT_AVX512
+    assert native.build() == narrow
+    assert tree.compiled() == []
+    assert native.build(force=True) == narrow
+    assert tree.compiled() == WITHOUT_AVX512
+
+
+def test_a_processor_with_avx512_needs_a_library_with_it(tree):
+    tree.processor(avx512=False)
+    narrow = native.build()
+    tree.compiled()
+    tree.processor(avx512=True)
+    whole = native.build()
+    assert "-avx512-" in whole.name
+    assert tree.compiled() == ["kernel.cpp", "link"], "the other objects are the same"
+    assert narrow.is_file()
+
+
+def test_a_whole_library_serves_every_processor(tree):
+    tree.processor(avx512=False)
+    narrow = native.build()
+    whole = native.build(avx512=True)
+    assert whole != narrow
+    assert native.build() == whole
+    narrow.unlink()
+    tree.compiled()
+    assert native.build() == whole
+    assert tree.compiled() == []
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+def test_without_a_compiler_what_is_there_serves(tree, avx512):
+    narrow = native.build(avx512=False)
+    tree.processor(avx512=avx512)
+    compiler = os.environ["CXX"], os.environ["PATH"]
+    tree.without_compiler()
+    assert native.build() == narrow
+    tree.monkeypatch.setenv("CXX", compiler[0])
+    tree.monkeypatch.setenv("PATH", compiler[1])
+    whole = native.build(avx512=True)
+    tree.without_compiler()
+    assert native.build() == whole
+
+
+def test_a_source_of_avx512_alone(tree):
+    (tree.sources / "cpu" / "wide.cpp").write_text("namespace albert::avx512 { int wide() { return kLanes; } }\n")
+    tree.monkeypatch.setenv("ALBERT_FAST_CXXFLAGS", "-DkLanes=16")
+    native.build(avx512=False)
+    assert tree.compiled() == WITHOUT_AVX512
+    native.build()
+    assert tree.compiled() == ["kernel.cpp", "link", "wide.cpp"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512bw avx512dq avx512vl avx512_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512cd avx512er avx512pf\nvmx flags\t: avx512vl\n", False),
+        ("flags\t\t: fpu avx2\n", False),
+        ("no such line\n", True),
+    ],
+)
+def test_what_the_processor_has(monkeypatch, flags, expected):
+    monkeypatch.setattr(Path, "read_text", lambda self: flags)
+    assert native.has_avx512.__wrapped__() is expected
 
 
 # ----------------------------------------------------------------------------------------------- what stands in the way
@@ -291,9 +371,12 @@ def test_import_looks_for_nothing():
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
-def test_the_build_command(tree, capsys):
+@pytest.mark.parametrize("avx512", [True, False], ids=["on AVX-512", "on AVX2"])
+def test_the_build_command(tree, capsys, avx512):
+    """It builds for every processor, wherever it runs."""
     from albert_fast.cli import main
 
+    tree.processor(avx512=avx512)
     assert main(["build"]) == 0
     path = Path(capsys.readouterr().out.splitlines()[0])
     assert path.parent == tree.cache
@@ -313,7 +396,7 @@ def test_the_build_command(tree, capsys):
 
 @pytest.mark.slow
 def test_from_nothing_in_half_a_minute_and_without_warnings(tmp_path):
-    """The whole library, by the processor time that it takes, shared by two cores."""
+    """What this machine builds on first use, by the processor time that it takes, shared by two cores."""
     before = sum(os.times()[2:4])
     program = "from albert_fast import native; print(native.build())"
     path = Path(python(program, ALBERT_FAST_CACHE=str(tmp_path)).stdout.strip())
@@ -322,6 +405,44 @@ def test_from_nothing_in_half_a_minute_and_without_warnings(tmp_path):
     assert "warning" not in log, log
     print(f"{seconds:.1f} s")
     assert seconds < 30
+
+
+@pytest.mark.slow
+def test_the_whole_library_has_every_kernel_and_no_warnings(tmp_path, monkeypatch):
+    """On any machine: of AVX-512 too, whose kernels may be missing without a word from the linker."""
+    monkeypatch.setenv("ALBERT_FAST_CACHE", str(tmp_path))
+    path = native.build(avx512=True)
+    log = (tmp_path / "objects" / f"{path.name}.log").read_text()
+    assert "warning" not in log, log
+    symbols = subprocess.run(["nm", "-D", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+    assert " W albert::avx512::gemm(" in symbols
+    assert " w albert::" not in symbols, "declared, called and nowhere defined"
+
+
+@needs_library
+def test_a_library_without_avx512(tmp_path):
+    """Whatever ALBERT_FAST_ISA asks for, AVX2 serves. Made of the objects that this machine has anyway."""
+    objects = native.cache_folder() / "objects"
+    (tmp_path / "objects").mkdir()
+    for name in (".ninja_log", *native.Plan.make(avx512=False).object_names()):
+        if (objects / name).is_file():
+            shutil.copy2(objects / name, tmp_path / "objects")
+    program = """
+import os, torch
+from albert_fast import native
+native.has_avx512 = lambda: False
+import test_native
+os.environ["ALBERT_FAST_BACKEND"] = "cpu"
+assert "-avx2-" in native.build().name
+x, parameters = torch.randn(50, 64), test_native.layer()
+results = []
+for isa in ("", "avx2", "avx512_base", "avx512_bf16"):
+    os.environ["ALBERT_FAST_ISA"] = isa
+    assert torch.ops.albert_fast_native.isa() == "avx2"
+    results.append(test_native.encode(x, parameters))
+assert all(torch.equal(result, results[0]) for result in results)
+"""
+    python(program, ALBERT_FAST_CACHE=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
 
 
 @needs_library

@@ -15,21 +15,21 @@ struct Attention {
   float keep_scale;         // and then multiplied by this
 };
 
-#define ALBERT_DECLARE_ATTENTION(isa)                                                                                 \
-  namespace isa {                                                                                                     \
-  size_t attention_workspace_bytes(const Attention& attention, int threads);                                          \
-  void attention_forward(const Attention& attention, char* workspace, const albert_parallel* parallel);               \
-  size_t attention_backward_workspace_bytes(const Attention& attention, int threads);                                 \
-  void attention_backward(const Attention& attention, const albert_attention_gradients& gradients, char* workspace,   \
-                          const albert_parallel* parallel);                                                           \
+#define ALBERT_DECLARE_ATTENTION(isa, linkage)                                                                  \
+  namespace isa {                                                                                               \
+  linkage size_t attention_workspace_bytes(const Attention& attention, int threads);                            \
+  linkage void attention_forward(const Attention& attention, char* workspace, const albert_parallel* parallel); \
+  linkage size_t attention_backward_workspace_bytes(const Attention& attention, int threads);                   \
+  linkage void attention_backward(const Attention& attention, const albert_attention_gradients& gradients,      \
+                                  char* workspace, const albert_parallel* parallel);                            \
   }
-ALBERT_DECLARE_ATTENTION(avx2)
-ALBERT_DECLARE_ATTENTION(avx512)
+ALBERT_DECLARE_ATTENTION(avx2, )
+ALBERT_DECLARE_ATTENTION(avx512, [[gnu::weak]])
 #undef ALBERT_DECLARE_ATTENTION
 
 namespace avx512 {  // with VNNI
-size_t quantized_attention_workspace_bytes(const Attention& attention, int threads);
-void quantized_attention(const Attention& attention, char* workspace, const albert_parallel* parallel);
+[[gnu::weak]] size_t quantized_attention_workspace_bytes(const Attention& attention, int threads);
+[[gnu::weak]] void quantized_attention(const Attention& attention, char* workspace, const albert_parallel* parallel);
 }  // namespace avx512
 
 }  // namespace albert

@@ -4,9 +4,7 @@
 #include "attention_pack.h"
 #include "attention_softmax.h"
 
-#ifdef __AVX512F__
-
-namespace albert::ALBERT_ISA {
+namespace albert::avx512 {
 namespace {
 
 constexpr int64_t kMostHeadDim = 128;
@@ -318,6 +316,4 @@ void quantized_attention(const Attention& attention, char* workspace, const albe
     run<float>(attention, shape, workspace, parallel);
 }
 
-}  // namespace albert::ALBERT_ISA
-
-#endif
+}  // namespace albert::avx512

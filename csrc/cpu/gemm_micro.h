@@ -34,7 +34,7 @@ MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
 }  // namespace avx2
 namespace avx512 {
 constexpr int kPanel = 32, kMaxRows = 14;
-MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+[[gnu::weak]] MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
 }  // namespace avx512
 namespace avx512_vnni {
 constexpr int kPanel = 32, kMaxRows = 14;

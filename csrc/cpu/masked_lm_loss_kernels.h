@@ -5,17 +5,18 @@
 namespace albert {
 
 // bf16_dot: the machine multiplies bfloat16.
-#define ALBERT_DECLARE_KERNELS(isa)                                                                                   \
-  namespace isa {                                                                                                     \
-  size_t masked_lm_loss_workspace_bytes(const albert_masked_lm_loss_args& args, bool bf16_dot, int threads);          \
-  void masked_lm_loss(const albert_masked_lm_loss_args& args, bool bf16_dot, char* workspace,                         \
-                      const albert_parallel* parallel);                                                               \
-  size_t masked_lm_loss_backward_workspace_bytes(const albert_masked_lm_loss_args& args, bool bf16_dot, int threads); \
-  void masked_lm_loss_backward(const albert_masked_lm_loss_args& args, bool bf16_dot, char* workspace,                \
-                               const albert_parallel* parallel);                                                      \
+#define ALBERT_DECLARE_KERNELS(isa, linkage)                                                                         \
+  namespace isa {                                                                                                    \
+  linkage size_t masked_lm_loss_workspace_bytes(const albert_masked_lm_loss_args& args, bool bf16_dot, int threads); \
+  linkage void masked_lm_loss(const albert_masked_lm_loss_args& args, bool bf16_dot, char* workspace,                \
+                              const albert_parallel* parallel);                                                      \
+  linkage size_t masked_lm_loss_backward_workspace_bytes(const albert_masked_lm_loss_args& args, bool bf16_dot,      \
+                                                         int threads);                                               \
+  linkage void masked_lm_loss_backward(const albert_masked_lm_loss_args& args, bool bf16_dot, char* workspace,       \
+                                       const albert_parallel* parallel);                                             \
   }
-ALBERT_DECLARE_KERNELS(avx2)
-ALBERT_DECLARE_KERNELS(avx512)
+ALBERT_DECLARE_KERNELS(avx2, )
+ALBERT_DECLARE_KERNELS(avx512, [[gnu::weak]])
 #undef ALBERT_DECLARE_KERNELS
 
 }  // namespace albert

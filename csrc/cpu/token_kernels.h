@@ -4,20 +4,23 @@
 
 namespace albert {
 
-#define ALBERT_DECLARE_KERNELS(isa)                                                                                \
-  namespace isa {                                                                                                  \
-  void dropout_add_layer_norm(const albert_layer_norm_args& args, const albert_parallel* parallel);                \
-  size_t layer_norm_backward_workspace_bytes(const albert_layer_norm_args& args, int threads);                     \
-  void layer_norm_backward(const albert_layer_norm_args& args, char* workspace, const albert_parallel* parallel);  \
-  void bias_gelu(const albert_bias_gelu_args& args, const albert_parallel* parallel);                              \
-  size_t bias_gelu_backward_workspace_bytes(const albert_bias_gelu_args& args);                                    \
-  void bias_gelu_backward(const albert_bias_gelu_args& args, char* workspace, const albert_parallel* parallel);    \
-  void embed_layer_norm(const albert_embed_args& args, const albert_parallel* parallel);                           \
-  size_t embed_layer_norm_backward_workspace_bytes(const albert_embed_args& args, int threads);                    \
-  void embed_layer_norm_backward(const albert_embed_args& args, char* workspace, const albert_parallel* parallel); \
+#define ALBERT_DECLARE_KERNELS(isa, linkage)                                                                \
+  namespace isa {                                                                                           \
+  linkage void dropout_add_layer_norm(const albert_layer_norm_args& args, const albert_parallel* parallel); \
+  linkage size_t layer_norm_backward_workspace_bytes(const albert_layer_norm_args& args, int threads);      \
+  linkage void layer_norm_backward(const albert_layer_norm_args& args, char* workspace,                     \
+                                   const albert_parallel* parallel);                                        \
+  linkage void bias_gelu(const albert_bias_gelu_args& args, const albert_parallel* parallel);               \
+  linkage size_t bias_gelu_backward_workspace_bytes(const albert_bias_gelu_args& args);                     \
+  linkage void bias_gelu_backward(const albert_bias_gelu_args& args, char* workspace,                       \
+                                  const albert_parallel* parallel);                                         \
+  linkage void embed_layer_norm(const albert_embed_args& args, const albert_parallel* parallel);            \
+  linkage size_t embed_layer_norm_backward_workspace_bytes(const albert_embed_args& args, int threads);     \
+  linkage void embed_layer_norm_backward(const albert_embed_args& args, char* workspace,                    \
+                                         const albert_parallel* parallel);                                  \
   }
-ALBERT_DECLARE_KERNELS(avx2)
-ALBERT_DECLARE_KERNELS(avx512)
+ALBERT_DECLARE_KERNELS(avx2, )
+ALBERT_DECLARE_KERNELS(avx512, [[gnu::weak]])
 #undef ALBERT_DECLARE_KERNELS
 
 }  // namespace albert

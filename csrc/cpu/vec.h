@@ -1,7 +1,16 @@
 // One vector register of float32 or int32, the same names for AVX-512 (16 lanes) and AVX2 (8 lanes).
 // Functions that take n touch the first n lanes' memory only, 0 < n < kLanes. Compiled once per instruction set (isa.h).
 #pragma once
-#if defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ == 12 && !defined(__clang__) && !defined(__AVX512F__)
+// GCC's immintrin.h reads 2 MB for AVX-512 whatever it compiles for, which takes most of a second in every file: these
+// are the parts of it that count here. Only for the version that this was tried with: the parts are GCC's own affair.
+#define _IMMINTRIN_H_INCLUDED
+#include <smmintrin.h>
+// Each relies on those above it.
+#include <avxintrin.h>
+#include <avx2intrin.h>
+#include <fmaintrin.h>
+#elif defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own header starts from registers left undefined on purpose, and warns of it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

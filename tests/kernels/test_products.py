@@ -50,6 +50,7 @@ def at_hand(library: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cublaslt, "_DEVICE_TYPE", "cpu")
         monkeypatch.setattr(cublaslt, "_opened", {})
         monkeypatch.setattr(cublaslt, "_refusals", {})
+        monkeypatch.setattr(cublaslt, "_checked", set())
         monkeypatch.setattr(products, "_by_rule", lambda what, device: True)
 
 
