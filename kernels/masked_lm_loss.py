@@ -369,15 +369,18 @@ def _merge_config(rows: int, words: int, per_sm: int, num_warps: int) -> Config:
     return Config({"ROWS": rows, "PARTS": 8, "WORDS": words, "PER_SM": per_sm}, num_warps)
 
 
-def _merge_tiles(*configs: Config) -> Tiles:
-    tables = dict.fromkeys(ARCHITECTURES, configs)
-    return Tiles(Config({"ROWS": 16, "PARTS": 2, "WORDS": 16, "PER_SM": 1}), tables, tables)
+def _merge_tiles(half: tuple[Config, ...], single: tuple[Config, ...]) -> Tiles:
+    interpreter = Config({"ROWS": 16, "PARTS": 2, "WORDS": 16, "PER_SM": 1})
+    return Tiles(interpreter, dict.fromkeys(ARCHITECTURES, half), dict.fromkeys(ARCHITECTURES, single))
 
 
 MERGE_TILES = {
-    128: _merge_tiles(_merge_config(2, 16, 8, 2), _merge_config(1, 16, 12, 1), _merge_config(1, 16, 20, 1)),
-    256: _merge_tiles(_merge_config(1, 16, 4, 4)),
-    512: _merge_tiles(_merge_config(1, 4, 4, 4)),
+    128: _merge_tiles(
+        (_merge_config(2, 16, 8, 2), _merge_config(1, 16, 12, 1), _merge_config(1, 16, 20, 1)),
+        (_merge_config(2, 16, 4, 4), _merge_config(1, 16, 12, 2)),
+    ),
+    256: _merge_tiles((_merge_config(1, 16, 4, 4),), (_merge_config(1, 16, 4, 4),)),
+    512: _merge_tiles((_merge_config(1, 4, 4, 4),), (_merge_config(1, 4, 4, 4),)),
 }
 
 
