@@ -65,7 +65,8 @@ def test_resident(measured, monkeypatch):
     native_cuda.load().albert_host_machine(8, 227 << 10, True, 0)
     (case,) = measured("resident").cases
     assert case["name"] == "5 tokens in 2 rows"
-    assert [row["peer"] for row in case["rows"]] == [OURS, f"{OURS} without clusters"]
+    peers = [OURS, f"{OURS} in clusters", f"{OURS} without clusters"]
+    assert [row["peer"] for row in case["rows"]] == peers
     for row in case["rows"]:
         assert row["reason"] is None
         assert row["error"] <= row["limit"] < 0.05
