@@ -30,8 +30,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every Triton kernel and every configuration that tuning tries of it, compiled without a GPU by both versions of Triton
-# that are supported (kernels/aot.py). Minutes where nothing of it is in the cache, seconds otherwise.
+# Every Triton kernel on every architecture, compiled without a GPU by both versions of Triton that are supported; with
+# which configurations is in the docstring of kernels/aot.py. Minutes where nothing of it is in the cache, seconds otherwise.
 aot: $(STAMP) $(VENV36)/.installed
 	$(BIN)/python -m albert_fast.kernels.aot --all $(ARGS)
 	$(VENV36)/bin/python -m albert_fast.kernels.aot --all $(ARGS)

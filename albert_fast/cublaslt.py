@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -195,14 +195,15 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, inner: Tenso
         RuntimeError: `refusal` has a reason.
     """
     keep = (x, weight, bias, y, inner)
-    with _checked_once("linear_gelu", keep) as due:
-        if due:
-            (tokens, inputs), outputs = _sizes("x", x), weight.shape[0]
-            _rows("x", x, (tokens, inputs), x)
-            _whole("weight", weight, (outputs, inputs), x)
-            _whole("bias", bias, (outputs,), x)
-            _rows("y", y, (tokens, outputs), x)
-            _rows("inner", inner, (tokens, outputs), x)
+    kind = _kind("linear_gelu", keep)
+    if kind not in _checked:
+        (tokens, inputs), outputs = _sizes("x", x), weight.shape[0]
+        _rows("x", x, (tokens, inputs), x)
+        _whole("weight", weight, (outputs, inputs), x)
+        _whole("bias", bias, (outputs,), x)
+        _rows("y", y, (tokens, outputs), x)
+        _rows("inner", inner, (tokens, outputs), x)
+        _remember(kind)
     pointers = (x.data_ptr(), _row_stride(x), weight.data_ptr(), bias.data_ptr())
     written = (y.data_ptr(), _row_stride(y), inner.data_ptr(), _row_stride(inner))
     return Product("linear_gelu", x, (*x.shape, weight.shape[0], *pointers, *written), keep)
@@ -223,14 +224,15 @@ def gelu_gradient(grad: Tensor, weight: Tensor, inner: Tensor, grad_inner: Tenso
         RuntimeError: `refusal` has a reason.
     """
     keep = (grad, weight, inner, grad_inner, grad_bias)
-    with _checked_once("gelu_gradient", keep) as due:
-        if due:
-            (tokens, inputs), outputs = _sizes("grad", grad), weight.shape[-1]
-            _rows("grad", grad, (tokens, inputs), grad)
-            _whole("weight", weight, (inputs, outputs), grad)
-            _rows("inner", inner, (tokens, outputs), grad)
-            _rows("grad_inner", grad_inner, (tokens, outputs), grad)
-            _whole("grad_bias", grad_bias, (outputs,), grad)
+    kind = _kind("gelu_gradient", keep)
+    if kind not in _checked:
+        (tokens, inputs), outputs = _sizes("grad", grad), weight.shape[-1]
+        _rows("grad", grad, (tokens, inputs), grad)
+        _whole("weight", weight, (inputs, outputs), grad)
+        _rows("inner", inner, (tokens, outputs), grad)
+        _rows("grad_inner", grad_inner, (tokens, outputs), grad)
+        _whole("grad_bias", grad_bias, (outputs,), grad)
+        _remember(kind)
     pointers = (grad.data_ptr(), _row_stride(grad), weight.data_ptr(), inner.data_ptr(), _row_stride(inner))
     written = (grad_inner.data_ptr(), _row_stride(grad_inner), grad_bias.data_ptr())
     return Product("gelu_gradient", grad, (*grad.shape, weight.shape[1], *pointers, *written), keep)
@@ -252,14 +254,15 @@ def weight_gradient(
         RuntimeError: `refusal` has a reason.
     """
     keep = (grad, x, grad_weight, grad_bias)
-    with _checked_once("weight_gradient", keep) as due:
-        if due:
-            (tokens, outputs), inputs = _sizes("grad", grad), x.shape[-1]
-            _rows("grad", grad, (tokens, outputs), grad)
-            _rows("x", x, (tokens, inputs), grad)
-            _whole("grad_weight", grad_weight, (outputs, inputs), grad, torch.float32)
-            if grad_bias is not None:
-                _whole("grad_bias", grad_bias, (outputs,), grad, torch.float32)
+    kind = _kind("weight_gradient", keep)
+    if kind not in _checked:
+        (tokens, outputs), inputs = _sizes("grad", grad), x.shape[-1]
+        _rows("grad", grad, (tokens, outputs), grad)
+        _rows("x", x, (tokens, inputs), grad)
+        _whole("grad_weight", grad_weight, (outputs, inputs), grad, torch.float32)
+        if grad_bias is not None:
+            _whole("grad_bias", grad_bias, (outputs,), grad, torch.float32)
+        _remember(kind)
     (tokens, outputs), inputs = grad.shape, x.shape[1]
     factors = (grad.data_ptr(), _row_stride(grad), x.data_ptr(), _row_stride(x))
     written = (grad_weight.data_ptr(), int(accumulate), None if grad_bias is None else grad_bias.data_ptr())
@@ -271,17 +274,15 @@ _checked: set[tuple[Any, ...]] = set()
 _MOST_CHECKED = 4096
 
 
-@contextlib.contextmanager
-def _checked_once(name: str, tensors: tuple[Tensor | None, ...]) -> Iterator[bool]:
-    """Whether the checks inside are due: not where tensors of these sizes have passed them."""
-    sizes = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-    kind = (name, setting(), *sizes)
-    due = kind not in _checked
-    yield due
-    if due:
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(kind)
+def _kind(name: str, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """What the checks look at."""
+    return name, setting(), *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+def _remember(kind: tuple[Any, ...]) -> None:
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked.add(kind)
 
 
 def _sizes(name: str, factor: Tensor) -> tuple[int, int]:

@@ -25,7 +25,8 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"tanh": 1, "none": 2, "relu": 3}
 _MOST_TOKENS = 128
 # On an H200, ALBERT base, 12 passes: one launch takes 263 us at 16 tokens, 348 at 32, 533 at 64, 805 at 128; a graph of
-# Triton's kernels and cuBLAS's 346, 348, 370 and 393. Launched one by one those take the host about 2 ms.
+# Triton's kernels and cuBLAS's 346, 348, 370 and 393. Launched one by one those are 84 launches, for each of which the
+# host takes some tens of microseconds in a training step; a call of either alone was not timed.
 _MOST_TOKENS_IN_GRAPHS = 32
 # Up to here blocks without clusters are faster: 263 against 368 us at 16 tokens, 533 against 544 at 64; 994 against 805
 # at 128.

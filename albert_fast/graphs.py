@@ -161,7 +161,8 @@ class _Recorded:
         }
         # What is run while it is recorded has a token in each row.
         self.inputs["attention_mask"][:, 0] = 1
-        self.run = (_training_step if training else _inference)(model, self.inputs, options)
+        with backends.for_graphs():
+            self.run = (_training_step if training else _inference)(model, self.inputs, options)
 
     def __call__(self, tensors: dict[str, Tensor]) -> Any:
         for name, tensor in tensors.items():
@@ -174,7 +175,7 @@ class _Recorded:
 
 def _inference(model: AlbertPreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[[], Any]:
     """Replays the forward; the outputs lie in the graph's own memory."""
-    with torch.no_grad(), torch.cuda.device(model.device), backends.for_graphs():
+    with torch.no_grad(), torch.cuda.device(model.device):
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # handles, workspaces and tuning come before the recording

@@ -93,7 +93,7 @@ class Plan:
     @property
     def announcement(self) -> str:
         targets = ", ".join(f"sm_{name}" for name in self.architectures) or "the CPU"
-        return f"the CUDA kernels for {targets}, once: about half a minute"
+        return f"the CUDA kernels for {targets}, once: less than a minute"
 
     @property
     def version(self) -> str:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -242,7 +243,8 @@ def _find_and_start(
 
     if len(configs) > 1 and tuning.enabled():
         what = (kernel.fn, dtype, key, tuple(constants.items()), tuple([argument is None for argument in arguments]))
-        compile_all = functools.partial(_compile_all, kernel, arguments, constants, configs)
+        # In a context of its own: an interruption would leave Triton's mode active, and it refuses a second one.
+        compile_all = functools.partial(copy_context().run, _compile_all, kernel, arguments, constants, configs)
         choices = tuning.choices(device)
         config = choices.best(what, configs, run, arguments, compile_all)
         lasting = what in choices.chosen

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import albert_fast
-from albert_fast import AlbertConfig, graphs
+from albert_fast import AlbertConfig, backends, graphs
 
 SHAPES = [(2, 16), (1, 8), (4, 32)]
 
@@ -29,6 +29,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[dict
     def watched(record: Callable[..., Any]) -> Callable[..., Any]:
         def watch(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> Any:
             made.append(inputs)
+            assert backends.are_for_graphs()
             return record(model, inputs, options)
 
         return watch

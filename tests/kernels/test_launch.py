@@ -184,6 +184,20 @@ def test_the_first_call_is_tuned_and_the_next_is_not(on_gpu):
     }
 
 
+def test_an_interruption_of_the_compiler_leaves_nothing_behind(on_gpu, monkeypatch):
+    class Interrupted(launching.AsyncCompileMode):
+        def __exit__(self, *_):
+            raise KeyboardInterrupt
+
+    kernel = StandIn()
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "AsyncCompileMode", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(kernel)
+    start(kernel)
+    assert kernel.blocks() == [64, 64, 32, 32, 32]
+
+
 @pytest.mark.parametrize(
     "other",
     [{"key": (128,)}, {"FLAG": False}, {"bias": torch.zeros(1)}, {"dtype": torch.bfloat16}],
