@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VENV36 := $(VENV)/triton36
+VENV4 := $(VENV)/transformers4
 
-.PHONY: bench test test-slow lint aot sanitize gpu clean
+.PHONY: bench test test-slow test-transformers4 lint aot sanitize gpu clean
 
 # torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
 # nothing that follows asks for another build.
@@ -36,13 +37,20 @@ aot: $(STAMP) $(VENV36)/.installed
 	$(BIN)/python -m albert_fast.kernels.aot --all $(ARGS)
 	$(VENV36)/bin/python -m albert_fast.kernels.aot --all $(ARGS)
 
-# An environment that has Triton 3.6 to itself and finds all else in .venv.
-$(VENV36)/.installed: $(STAMP)
-	test -x $(VENV36)/bin/python || $(BIN)/python -m venv --without-pip $(VENV36)
-	$(BIN)/pip --python $(VENV36)/bin/python install -q --no-deps triton==3.6.0
+# albert_fast.hf with the oldest transformers that is supported.
+test-transformers4: $(VENV4)/.installed
+	$(VENV4)/bin/python -m pytest -n 2 tests/hf $(ARGS)
+
+# Environments that have an older Triton, or transformers, to themselves and find all else in .venv.
+$(VENV36)/.installed: INSTALLS = triton==3.6.0
+$(VENV4)/.installed: INSTALLS = transformers==4.57.6 'huggingface_hub==0.36.2' 'tokenizers==0.22.2' \
+	requests urllib3 certifi charset_normalizer idna
+$(VENV36)/.installed $(VENV4)/.installed: $(STAMP)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/pip --python $(@D)/bin/python install -q --no-deps $(INSTALLS)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(VENV36)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/all_else.pth"
-	touch $(VENV36)/.installed
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/all_else.pth"
+	touch $@
 
 # The tests of csrc under AddressSanitizer and UndefinedBehaviorSanitizer, with a library built for them.
 sanitize: export ALBERT_FAST_CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g

@@ -9,26 +9,51 @@ from torch import nn
 from transformers.models.albert import modeling_albert
 
 from albert_fast.hf import guards
+from albert_fast.hf.embeddings import AlbertEmbeddings
 from albert_fast.hf.encoder import AlbertTransformer, Options, watcher
+from albert_fast.hf.guards import TRANSFORMERS_5
+from albert_fast.hf.heads import AlbertMLMHead, surround
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import RECOMPUTE
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# What each is, transformers' class, and the one that takes its place.
+_CLASSES: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = (
+    ("encoder", modeling_albert.AlbertTransformer, AlbertTransformer),
+    ("embeddings", modeling_albert.AlbertEmbeddings, AlbertEmbeddings),
+    ("masked-LM head", modeling_albert.AlbertMLMHead, AlbertMLMHead),
+)
 
-def accelerate(model: Model, *, unpad: str | bool = "auto", recompute: str = "none", strict: bool = False) -> Model:
+
+def accelerate(
+    model: Model,
+    *,
+    unpad: str | bool = "auto",
+    skip_logits: bool = False,
+    recompute: str = "none",
+    strict: bool = False,
+) -> Model:
     """Makes the ALBERT encoders of transformers inside a model fast, in place.
 
-    Only the encoders (`AlbertTransformer`) change, and nothing that can be seen of them: parameters and their names,
-    `state_dict`, hooks, tied weights, `deepcopy` and `pickle` stay. A call that the kernels must not serve (LoRA or
-    other modules in a layer's place, hooks, attentions wanted, a mask that is more than padding, …) is transformers'
-    own; `explain` says which.
+    Encoders, embeddings and masked-LM heads change, and nothing that can be seen of them: the models' own classes,
+    parameters and their names, `state_dict`, hooks, tied weights, `deepcopy` and `pickle` stay. A call that the kernels
+    must not serve (LoRA or other modules in a layer's place, hooks, attentions wanted, a mask that is more than
+    padding, an export to ONNX, …) is transformers' own; `explain` says which.
 
-    Hidden states at padded positions are zeros, where transformers computes values that mean nothing.
+    What differs from transformers, on purpose:
+
+    - Hidden states and masked-LM logits at padded positions are zeros, where transformers computes values that mean
+      nothing; labels there do not count, and an answer's logits are the least number there is.
+    - The masked-LM loss is computed from the labelled positions, and 0 where there are none (transformers: NaN).
+    - `num_items_in_batch` is honoured by every loss (transformers 5; 4 does not have it): Trainer with gradient
+      accumulation gives the gradient of the large batch.
+    - `model.gradient_checkpointing_enable()` works, and keeps one hidden state a pass.
 
     Args:
         model: any module with encoders of transformers' ALBERT inside: a head, a subclass, a net around it.
         unpad: "auto" leaves out padding. False computes it, as transformers does.
+        skip_logits: with labels, a masked-LM model returns the loss without logits, and they are never computed.
         recompute: what backward computes again instead of keeping it: "none", "ffn" or "layer" (see
             `albert_fast.ops.encoder`).
         strict: raises NotAcceleratedError where transformers would have to serve a call.
@@ -41,28 +66,47 @@ def accelerate(model: Model, *, unpad: str | bool = "auto", recompute: str = "no
     """
     check(unpad in ("auto", False), f"unpad is {unpad!r}; 'auto' or False was expected")
     check(recompute in RECOMPUTE, f"recompute is {recompute!r}; one of {', '.join(RECOMPUTE)} was expected")
-    classes = (modeling_albert.AlbertTransformer, AlbertTransformer)
-    encoders: list[Any] = [module for module in model.modules() if type(module) in classes]
+    modules = list(model.modules())
+    has = {name: any(type(module) in classes for module in modules) for name, *classes in _CLASSES}
     check(
-        bool(encoders),
+        has["encoder"],
         f"model, a {type(model).__name__}, has no AlbertTransformer of transformers inside; an ALBERT was expected",
     )
-    for encoder in encoders:
-        encoder.__class__ = AlbertTransformer
-        encoder._albert_fast = Options(unpad, recompute, strict)
+    check(
+        not skip_logits or (TRANSFORMERS_5 and has["masked-LM head"]),
+        f"skip_logits is True, and model, a {type(model).__name__}, has no masked-LM head inside whose logits could be "
+        "skipped, or transformers is older than 5: leave it out",
+    )
+    restore(model)
+    options = Options(unpad, skip_logits, recompute, strict)
+    for module in modules:
+        for _, stock, fast in _CLASSES:
+            if type(module) is stock:
+                module.__class__ = fast
+                module._albert_fast = options  # type: ignore[assignment]
+        if isinstance(module, modeling_albert.AlbertPreTrainedModel) and not module.supports_gradient_checkpointing:
+            module.supports_gradient_checkpointing = True
+        if hooks := surround(module, unpad):
+            module._albert_fast_hooks = hooks  # type: ignore[assignment]
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`: the encoders are transformers' own again.
+    """Undoes `accelerate`: everything inside is transformers' own again.
 
     Returns:
         `model` itself. One that was not accelerated stays as it is.
     """
-    encoders: list[Any] = [module for module in model.modules() if type(module) is AlbertTransformer]
-    for encoder in encoders:
-        del encoder._albert_fast
-        encoder.__class__ = modeling_albert.AlbertTransformer
+    for module in model.modules():
+        for _, stock, fast in _CLASSES:
+            if type(module) is fast:
+                module.__class__ = stock
+                for name in ("_albert_fast", "gradient_checkpointing", "_gradient_checkpointing_func"):
+                    module.__dict__.pop(name, None)
+        for handle in module.__dict__.pop("_albert_fast_hooks", ()):
+            handle.remove()
+        if isinstance(module, modeling_albert.AlbertPreTrainedModel):
+            module.__dict__.pop("supports_gradient_checkpointing", None)
     return model
 
 

@@ -6,7 +6,9 @@ model was accelerated. A call that the guards refuse is transformers' own, to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +18,18 @@ from transformers.models.albert import modeling_albert
 
 from albert_fast import ops
 from albert_fast.hf import guards
+from albert_fast.hf.heads import Call
+from albert_fast.hf.packed import packed_offsets
 from albert_fast.ops.checks import has_values
+from albert_fast.ops.encoder import layer_of_pass
 from albert_fast.packing import PackedBatch
-
-IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 class Options(NamedTuple):
     """What `accelerate` was told; its docstring explains each."""
 
     unpad: str | bool = "auto"
+    skip_logits: bool = False
     recompute: str = "none"
     strict: bool = False
 
@@ -43,28 +47,36 @@ class Rows(NamedTuple):
 
 class AlbertTransformer(modeling_albert.AlbertTransformer):
     _albert_fast: Options
+    # transformers sets both, in every module that has the first: model.gradient_checkpointing_enable().
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        found = self._refusal(kwargs) or self._rows(hidden_states, attention_mask, kwargs)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        call = Call.taken_from(kwargs)
+        found = self._refusal(args, kwargs) or self._rows(hidden_states, attention_mask, kwargs)
         refused = found if isinstance(found, str) else None
         if (watching := None if torch.compiler.is_compiling() else watcher.get()) is not None:
             watching.append((self, refused))
         if isinstance(found, Rows):
-            return self._run(hidden_states, found)
+            return self._run(hidden_states, found, kwargs, call)
         if self._albert_fast.strict:
             raise guards.NotAcceleratedError(
                 f"transformers' own encoder would have to serve this call: {refused}. "
                 "Mend that, or accelerate the model with strict=False"
             )
-        return super().forward(hidden_states, attention_mask, **kwargs)
+        if guards.TRANSFORMERS_5 and self.gradient_checkpointing and self.training:
+            return self._with_checkpoints(hidden_states, attention_mask, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
-    def _refusal(self, kwargs: dict[str, Any]) -> str | None:
+    def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         implementation = self.config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
-            return f"attn_implementation is {implementation!r}; {' and '.join(IMPLEMENTATIONS)} are served"
+        if implementation not in guards.IMPLEMENTATIONS:
+            return f"attn_implementation is {implementation!r}; {', '.join(guards.IMPLEMENTATIONS)} are served"
         if kwargs.get("is_causal") or getattr(self.config, "is_causal", False):
             return "is_causal is set"
-        if guards.wants_attentions():
+        if args or any(mask is not None for mask in kwargs.get("head_mask") or ()):  # transformers 4
+            return "head_mask is set"
+        if guards.wants_attentions(kwargs):
             return "attentions are wanted, which the kernels do not have"
         return guards.refusal(self)
 
@@ -72,7 +84,7 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
         """Which tokens there are; or why this cannot be said."""
         shape = (hidden_states.shape[0], hidden_states.shape[1])
         device = hidden_states.device
-        packed = _packed_offsets(shape, kwargs, device)
+        packed = packed_offsets(shape, kwargs, device)
         if packed is not None:
             if mask is not None:
                 return "a mask beside packed rows"
@@ -80,25 +92,24 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
             return Rows(PackedBatch(cu_seqlens, longest, *shape))
         if mask is None:
             return Rows(PackedBatch.layout(shape, device))
-        if mask.dim() != 4 or mask.shape[-2:] != (shape[1], shape[1]):
+        if mask.dim() == 2 and mask.shape == shape:
+            mask = mask[:, None, None, :] != 0
+        if mask.dim() != 4 or mask.shape[2] not in (1, shape[1]) or mask.shape[3] != shape[1]:
             return f"a mask of shape {list(mask.shape)}"
         if self._albert_fast.unpad is False or not has_values(hidden_states):
-            return Rows(PackedBatch.layout(shape, device), _as_bias(mask, hidden_states))
+            return Rows(PackedBatch.layout(shape, device), as_bias(mask, hidden_states, shape[1]))
         kept = mask if mask.dtype == torch.bool else mask == 0
         keys = kept[:, 0, 0]
         if not bool((kept == keys[:, None, None]).all()) or not (mask.dtype == torch.bool or _is_blocking(mask, kept)):
             return "a mask that does more than leave out padding"
         return Rows(PackedBatch.layout(shape, device, keys.expand(shape)))
 
-    def _run(self, hidden_states: Tensor, rows: Rows) -> BaseModelOutput:
+    def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any], call: Call | None) -> Any:
         config, batch = self.config, rows.batch
         layer = guards.layers_of(self)[0]
         hidden_p = layer.attention.output_dropout.p if self.training else 0.0
         attention_p = layer.attention.attention_dropout.p if self.training else 0.0
-        seed = None
-        if hidden_p or attention_p:
-            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=hidden_states.device)
-        return_all = guards.wants_hidden_states()
+        return_all = guards.wants_hidden_states(kwargs)
         output = ops.encoder(
             self.embedding_hidden_mapping_in(batch.pack(hidden_states)),
             guards.parameters_of(self),
@@ -112,41 +123,48 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
             eps=layer.attention.LayerNorm.eps,
             hidden_dropout_p=hidden_p,
             attention_dropout_p=attention_p,
-            seed=seed,
+            seed=fresh_seed(hidden_p + attention_p, hidden_states.device),
             bias=rows.bias,
-            recompute=self._albert_fast.recompute,
+            recompute="layer" if self.gradient_checkpointing and self.training else self._albert_fast.recompute,
             return_all=return_all,
         )
-        if not return_all:
-            return BaseModelOutput(last_hidden_state=batch.pad(output))
-        states = torch.stack([batch.pad(state) for state in output])
-        guards.show_hidden_states(self, states)
-        return BaseModelOutput(last_hidden_state=states[-1])
+        states = None
+        if return_all:
+            states = torch.stack([batch.pad(state) for state in output])
+            output, padded = output[-1], states[-1]
+        else:
+            padded = batch.pad(output)
+        if call is not None:
+            call.goes_with(padded, batch, output)
+        if guards.TRANSFORMERS_5:
+            if states is not None:
+                guards.show_hidden_states(self, states)
+            return BaseModelOutput(last_hidden_state=padded)
+        # transformers 4 counts a group's layers as one.
+        chosen = None if states is None else tuple(states[:: config.inner_group_num])
+        result = BaseModelOutput(last_hidden_state=padded, hidden_states=chosen)
+        return result if kwargs.get("return_dict", True) else result.to_tuple()
+
+    def _with_checkpoints(self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BaseModelOutput:
+        """transformers' own loop, of which each pass is kept as its input alone."""
+        config = self.config
+        hidden_states = self.embedding_hidden_mapping_in(hidden_states)
+        for group in layer_of_pass(config.num_hidden_layers, config.num_hidden_groups, 1):
+            run = partial(self.albert_layer_groups[group].__call__, attention_mask=mask, **kwargs)
+            hidden_states = self._gradient_checkpointing_func(run, hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-def _packed_offsets(shape: tuple[int, int], kwargs: dict[str, Any], device: torch.device) -> tuple[Tensor, int] | None:
-    """Of rows that lie one after the other in one: from cu_seq_lens_q, or from positions that begin anew."""
-    cu_seqlens, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if cu_seqlens is not None:
-        return cu_seqlens.to(torch.int32), shape[1] if longest is None else int(longest)
-    positions = kwargs.get("position_ids")
-    if positions is None or shape[0] != 1 or not has_values(positions):
-        return None
-    positions = positions.flatten()
-    begins = positions == 0
-    steps = positions[1:] - positions[:-1] == 1
-    if not bool(begins[:1].all()) or not bool((begins[1:] | steps).all()) or int(begins.sum()) < 2:
-        return None
-    starts = begins.nonzero().squeeze(1)
-    cu_seqlens = torch.cat([starts, starts.new_tensor([shape[1]])]).to(device, torch.int32)
-    return cu_seqlens, int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+def fresh_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed from PyTorch's generator, where there is something to drop."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if dropout_p else None
 
 
-def _as_bias(mask: Tensor, like: Tensor) -> Tensor:
-    """transformers' mask as numbers that are added to the scores."""
+def as_bias(mask: Tensor, like: Tensor, length: int) -> Tensor:
+    """A 4-D mask of transformers as numbers that are added to the scores, for `length` queries."""
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
-    return mask
+        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
+    return mask.expand(-1, -1, length, -1)
 
 
 def _is_blocking(mask: Tensor, kept: Tensor) -> bool:

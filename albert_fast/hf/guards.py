@@ -1,16 +1,17 @@
-"""When an encoder of transformers may be run by this package's kernels, and when it must not.
+"""When modules of transformers may be run by this package's kernels, and when they must not.
 
-The kernels read the parameters of a layer by themselves: whatever somebody put in a module's place, hung on it, or
+The kernels read the parameters of a module by themselves: whatever somebody put in a part's place, hung on it, or
 wants to see of it on the way would be passed over in silence. So each call looks, and transformers' own forward serves
 where anything is not as transformers made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.albert import modeling_albert
@@ -18,12 +19,17 @@ from transformers.models.albert import modeling_albert
 from albert_fast.activations import ACTIVATIONS
 from albert_fast.ops.encoder import layer_of_pass
 
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
 # transformers captures hidden states by hooks of this module, which stay once they were asked for.
 CAPTURING = "transformers.utils.output_capturing"
 
+# Their masks, None, 2-D or 4-D, are understood. ("flex_attention" has masks of its own kind.)
+IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "albert_fast")
+
 
 class NotAcceleratedError(RuntimeError):
-    """An encoder was accelerated with strict=True, and a call has to take transformers' own path."""
+    """A model was accelerated with strict=True, and a call has to take transformers' own path."""
 
 
 def layers_of(encoder: Any) -> list[Any]:
@@ -42,15 +48,30 @@ def parameters_of(encoder: Any) -> list[Tensor]:
     return [p for layer in layers_of(encoder) for part in parts_of(layer) for p in (part.weight, part.bias)]
 
 
-# The classes of a layer's modules, by their place.
-_CLASSES: dict[str, type[nn.Module]] = {
-    "": modeling_albert.AlbertLayer,
-    "attention": modeling_albert.AlbertAttention,
-    **dict.fromkeys([f"attention.{name}" for name in ("query", "key", "value", "dense")], nn.Linear),
-    **dict.fromkeys(("ffn", "ffn_output"), nn.Linear),
-    **dict.fromkeys(("attention.LayerNorm", "full_layer_layer_norm"), nn.LayerNorm),
-    **dict.fromkeys(("attention.attention_dropout", "attention.output_dropout", "dropout"), nn.Dropout),
+# ------------------------------------------------------------------------------------- what may stand at each place
+
+Classes = tuple[type[nn.Module], ...]
+_LINEAR, _NORM, _EMBEDDING, _DROPOUT = (nn.Linear,), (nn.LayerNorm,), (nn.Embedding,), (nn.Dropout,)
+# transformers 4 has a class of its own for sdpa.
+_ATTENTION = tuple(
+    getattr(modeling_albert, name)
+    for name in ("AlbertAttention", "AlbertSdpaAttention")
+    if hasattr(modeling_albert, name)
+)
+_LAYER: dict[str, Classes] = {
+    "": (modeling_albert.AlbertLayer,),
+    "attention": _ATTENTION,
+    **dict.fromkeys([f"attention.{name}" for name in ("query", "key", "value", "dense")], _LINEAR),
+    **dict.fromkeys(("ffn", "ffn_output"), _LINEAR),
+    **dict.fromkeys(("attention.LayerNorm", "full_layer_layer_norm"), _NORM),
+    **dict.fromkeys(("attention.attention_dropout", "attention.output_dropout", "dropout"), _DROPOUT),
 }
+_EMBEDDINGS: dict[str, Classes] = {
+    **dict.fromkeys(("word_embeddings", "position_embeddings", "token_type_embeddings"), _EMBEDDING),
+    "LayerNorm": _NORM,
+    "dropout": _DROPOUT,
+}
+_MLM_HEAD: dict[str, Classes] = {"dense": _LINEAR, "LayerNorm": _NORM, "decoder": _LINEAR}
 
 
 def refusal(encoder: Any) -> str | None:
@@ -60,10 +81,38 @@ def refusal(encoder: Any) -> str | None:
         return f"the activation {config.hidden_act!r} is not served"
     if config.chunk_size_feed_forward:
         return "chunk_size_feed_forward is set"
+    classes = {**_LAYER, "activation": (type(ACT2FN[config.hidden_act]),)}
+    found = (_refusal_of_parts(layer, classes, encoder.training, name) for name, layer in _named_layers(encoder))
+    return _refusal_of_context() or _first(found) or _differing(encoder)
+
+
+def refusal_of_embeddings(embeddings: Any) -> str | None:
+    """The same for an AlbertEmbeddings."""
+    if getattr(embeddings, "position_embedding_type", "absolute") != "absolute":
+        return "the positions are not absolute"
+    tables = [embeddings._modules.get(name) for name in _EMBEDDINGS if name.endswith("_embeddings")]
+    if any(
+        getattr(t, "max_norm", None) or getattr(t, "scale_grad_by_freq", 0) or getattr(t, "sparse", 0) for t in tables
+    ):
+        return "a table of embeddings has max_norm, scale_grad_by_freq or sparse"
+    return _refusal_of_context() or _refusal_of_parts(embeddings, _EMBEDDINGS, embeddings.training)
+
+
+def refusal_of_mlm_head(head: Any) -> str | None:
+    """The same for an AlbertMLMHead. Its activation is called as it is."""
+    return _refusal_of_context() or _refusal_of_parts(head, _MLM_HEAD, head.training)
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refusal_of_context() -> str | None:
+    if torch.onnx.is_in_onnx_export():
+        return "an export to ONNX, which has no such operator"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is at work"
-    reasons = (_refusal_of_layer(encoder, layer, name) for name, layer in _named_layers(encoder))
-    return next((reason for reason in reasons if reason is not None), None) or _differing(encoder)
+    return None
 
 
 def _named_layers(encoder: Any) -> Iterator[tuple[str, Any]]:
@@ -75,27 +124,28 @@ def _named_layers(encoder: Any) -> Iterator[tuple[str, Any]]:
             yield f"albert_layer_groups.{i}", group
 
 
-def _refusal_of_layer(encoder: Any, layer: Any, name: str) -> str | None:
-    activation = type(ACT2FN[encoder.config.hidden_act])
-    for place, expected in (*_CLASSES.items(), ("activation", activation)):
-        where = f"{name}.{place}" if place else name
+def _refusal_of_parts(owner: Any, classes: dict[str, Classes], training: bool, name: str = "") -> str | None:
+    device = None
+    for place, expected in classes.items():
+        where = ".".join(part for part in (name, place) if part)
         try:
-            module = layer.get_submodule(place)
+            module = owner.get_submodule(place)
         except AttributeError:
             return f"{where} is missing"
-        if type(module) is not expected:
-            return f"{where} is a {type(module).__name__}, not a {expected.__name__}"
+        if type(module) not in expected:
+            return f"{where} is a {type(module).__name__}, not a {expected[-1].__name__}"
         if not _is_plain(module):
             return f"{where} has hooks, or a forward of its own"
-        if module.training != encoder.training:
-            return f"{where} is in {'training' if module.training else 'eval'} mode, and the encoder is not"
-        if expected in (nn.Linear, nn.LayerNorm):
-            for which in ("weight", "bias"):
+        if module.training != training:
+            return f"{where} is in {'training' if module.training else 'eval'} mode, and the module around it is not"
+        if expected in (_LINEAR, _NORM, _EMBEDDING):
+            for which in ("weight",) if expected is _EMBEDDING else ("weight", "bias"):
                 parameter = module._parameters.get(which)
                 if type(parameter) is not nn.Parameter:
                     return f"{where}.{which} is no plain parameter"
-                if parameter.device != layer.attention.query.weight.device:
-                    return f"{where}.{which} is on {parameter.device}, and the layer is not"
+                device = device or parameter.device
+                if parameter.device != device:
+                    return f"{where}.{which} is on {parameter.device}, and the parameters before it on {device}"
     return None
 
 
@@ -121,24 +171,33 @@ def _differing(encoder: Any) -> str | None:
     config = encoder.config
     if len(layers) != config.num_hidden_groups * config.inner_group_num:
         return f"there are {len(layers)} layers, and the config has another number"
+    # transformers 4 prunes heads, and knows of positions that are not absolute.
+    if any(layer.attention.num_attention_heads != config.num_attention_heads for layer in layers):
+        return "heads were pruned"
+    if any(getattr(layer.attention, "position_embedding_type", "absolute") != "absolute" for layer in layers):
+        return "the positions are not absolute"
     return next((f"{name} differs from layer to layer" for name, values in found.items() if len(values) > 1), None)
 
 
-def wants_attentions() -> bool:
+# ------------------------------------------------------------------------ what is wanted of a call beside the output
+
+
+def wants_attentions(kwargs: dict[str, Any]) -> bool:
     """Whether transformers is to return the attention's probabilities, which the kernels never have."""
-    collected = _collector()
-    return collected is not None and "attentions" in collected
+    return _wants("attentions", kwargs)
 
 
-def wants_hidden_states() -> bool:
-    collected = _collector()
-    return collected is not None and "hidden_states" in collected
+def wants_hidden_states(kwargs: dict[str, Any]) -> bool:
+    return _wants("hidden_states", kwargs)
 
 
-def _collector() -> dict[str, object] | None:
+def _wants(what: str, kwargs: dict[str, Any]) -> bool:
+    if not TRANSFORMERS_5:
+        return bool(kwargs.get(f"output_{what}"))
     from transformers.utils import output_capturing
 
-    return output_capturing._active_collector.get()
+    collected = output_capturing._active_collector.get()
+    return collected is not None and what in collected
 
 
 def show_hidden_states(encoder: Any, states: Tensor) -> None:

@@ -1,0 +1,62 @@
+"""transformers' AlbertEmbeddings as one operation: what `accelerate` makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.albert import modeling_albert
+
+from albert_fast import ops
+from albert_fast.hf import guards
+from albert_fast.hf.encoder import fresh_seed
+
+
+class AlbertEmbeddings(modeling_albert.AlbertEmbeddings):
+    def forward(
+        self,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        # transformers 4 has one more argument, which counts positions from somewhere else.
+        if inputs is None or args or any(kwargs.values()) or not self._serves(inputs, token_type_ids, position_ids):
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
+        shape = inputs.shape[:2]
+        if position_ids is None:
+            position_ids = self.position_ids[:, : shape[1]]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros((1, 1), dtype=torch.int64, device=inputs.device)
+        dropout_p = self.dropout.p if self.training else 0.0
+        embedded = ops.embed_layer_norm(
+            inputs.flatten(0, 1),
+            position_ids.expand(shape).flatten(),
+            token_type_ids.expand(shape).flatten(),
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            eps=self.LayerNorm.eps,
+            dropout_p=dropout_p,
+            seed=fresh_seed(dropout_p, inputs.device),
+            padding_idx=self.word_embeddings.padding_idx,
+        )
+        return embedded.unflatten(0, shape)
+
+    def _serves(self, inputs: Tensor, *ids: Tensor | None) -> bool:
+        """Whether the operation takes these inputs, and the tables are as transformers made them."""
+        word = self.word_embeddings.weight
+        fits = inputs.dtype in (torch.int64, torch.int32) if inputs.dim() == 2 else inputs.dtype == word.dtype
+        shape = inputs.shape[:2]
+        return (
+            fits
+            and shape[1] <= self.position_ids.shape[1]
+            and all(i is None or (i.dim() == 2 and i.shape[0] in (1, shape[0]) and i.shape[1] == shape[1]) for i in ids)
+            and guards.refusal_of_embeddings(self) is None
+        )

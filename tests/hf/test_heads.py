@@ -1,0 +1,223 @@
+"""Accelerated heads: losses of labelled positions, by `num_items_in_batch`, without logits; answers in the padding."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from albert_fast import ops
+from albert_fast.hf import NotAcceleratedError, accelerate, explain, restore
+from albert_fast.hf import heads as hf_heads
+from hf.albert import HEADS, LENGTHS, MASK, fast_of, ids, inputs_of, model, transformers, transformers_5
+
+MASKED_LM = ("AlbertForMaskedLM", "AlbertForPreTraining")
+
+
+def gradients(some: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    return [g for g in torch.autograd.grad(loss, list(some.parameters()), allow_unused=True) if g is not None]
+
+
+def assert_same_gradients(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@transformers_5
+@pytest.mark.parametrize("head", [head for head in HEADS if "labels" in HEADS[head]])
+def test_steps_of_accumulation_give_the_gradient_of_the_large_batch(head):
+    """As Trainer sums them: each step is told how many labels there are in all."""
+    fast = fast_of(model(getattr(transformers, head)), strict=True)
+    inputs = inputs_of(head)
+    if head == "AlbertForMultipleChoice":
+        inputs = {
+            name: torch.cat([value, value.flip(-1)]) for name, value in inputs.items() if name != "attention_mask"
+        }
+        inputs["labels"] = torch.tensor([2, 0])
+    if head == "AlbertForPreTraining":  # as many labels in each row: of the number of rows a step knows nothing
+        inputs["labels"] = torch.full((3, 11), -100).index_fill(1, torch.tensor([0]), 7)
+    whole = fast(**inputs).loss
+    num_items = (inputs["labels"] != -100).sum()
+    parts = [
+        fast(**{name: value[row : row + 1] for name, value in inputs.items()}, num_items_in_batch=num_items).loss
+        for row in range(len(inputs["labels"]))
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-10, atol=0)
+    assert_same_gradients(gradients(fast, sum(parts)), gradients(fast, whole))
+
+
+@transformers_5
+@pytest.mark.parametrize("head", MASKED_LM)
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_without_logits(head, as_dict):
+    fast = fast_of(model(getattr(transformers, head)), strict=True)
+    inputs = inputs_of(head)
+    loss = fast(**inputs).loss
+    accelerate(fast, skip_logits=True, strict=True)
+    output = fast(**inputs, return_dict=as_dict)
+    if as_dict:
+        assert output.get("logits", output.get("prediction_logits")) is None
+    else:
+        assert [tuple(part.shape) for part in output] == [(), (3, 2)][: len(output)]
+    assert torch.equal(output[0], loss)
+    without_labels = {name: value for name, value in inputs.items() if not name.endswith(("labels", "label"))}
+    assert fast(**without_labels)[0].shape == (3, 11, 60)
+
+
+@transformers_5
+@pytest.mark.parametrize("head", MASKED_LM)
+def test_outputs_come_in_transformers_order(head):
+    stock, inputs = model(getattr(transformers, head)), inputs_of(head)
+    fast = fast_of(stock, strict=True)
+    for options in ({}, {"return_dict": False}, {"output_hidden_states": True}):
+        expected, actual = stock(**inputs, **options), fast(**inputs, **options)
+        assert type(actual) is type(expected)
+        if options != {"return_dict": False}:
+            assert list(actual.keys()) == list(expected.keys())
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert type(one) is type(other)
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-10, atol=0)
+    by_place = (inputs["input_ids"], MASK, inputs["token_type_ids"], None, None, *HEADS[head].values())
+    torch.testing.assert_close(fast(*by_place).loss, stock(*by_place).loss, rtol=1e-10, atol=0)
+
+
+@transformers_5
+def test_no_label_at_all():
+    fast = fast_of(model(transformers.AlbertForMaskedLM), strict=True)
+    loss = fast(ids(), MASK, labels=torch.full((3, 11), -100)).loss
+    assert loss == 0.0
+    assert all(not g.any() for g in gradients(fast, loss))
+
+
+@transformers_5
+def test_logits_at_padding_are_zeros():
+    stock, input_ids = model(transformers.AlbertForMaskedLM), ids()
+    assert not fast_of(stock)(input_ids, MASK).logits[~MASK].any()
+    padded = fast_of(stock, unpad=False)(input_ids, MASK).logits
+    torch.testing.assert_close(padded, stock(input_ids, MASK).logits, rtol=1e-9, atol=1e-9)
+
+
+@transformers_5
+def test_the_loss_never_sees_unlabelled_positions(monkeypatch):
+    """The logits that are returned do not carry the loss: its gradient comes from the operation alone."""
+    fast, inputs = fast_of(model(transformers.AlbertForMaskedLM)), inputs_of("AlbertForMaskedLM")
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args[0].shape)
+        return ops.masked_lm_loss(*args, **options)
+
+    class Ops:
+        masked_lm_loss = staticmethod(counted)
+
+    monkeypatch.setattr(hf_heads, "ops", Ops)
+    output = fast(**inputs)
+    assert calls == [(sum(LENGTHS), 16)]
+    assert torch.autograd.grad(output.loss, output.logits, allow_unused=True) == (None,)
+
+
+def change_head(some: nn.Module) -> None:
+    some.predictions.dense.register_forward_hook(lambda m, args, output: 1.5 * output)
+
+
+def change_hidden(some: nn.Module) -> None:
+    some.albert.encoder.register_forward_hook(
+        lambda m, args, output: type(output)(last_hidden_state=1.5 * output.last_hidden_state)
+    )
+
+
+def change_activation(some: nn.Module) -> None:
+    some.predictions.activation = nn.ReLU()
+
+
+@transformers_5
+@pytest.mark.parametrize("num_items", [None, 20])
+@pytest.mark.parametrize("change", [change_head, change_hidden, change_activation])
+def test_what_was_changed_in_between_counts(change, num_items):
+    """By whichever way the loss comes."""
+    stock, inputs = model(transformers.AlbertForMaskedLM), inputs_of("AlbertForMaskedLM")
+    fast = fast_of(stock)
+    before = stock(**inputs).loss
+    change(stock)
+    change(fast)
+    expected = stock(**inputs).loss
+    assert not torch.allclose(expected, before)
+    if num_items is not None:
+        expected = expected * (inputs["labels"] != -100).sum() / num_items
+    actual = fast(**inputs, num_items_in_batch=num_items).loss
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
+@transformers_5
+def test_strict_holds_for_the_head():
+    fast = fast_of(model(transformers.AlbertForMaskedLM), strict=True)
+    change_head(fast)
+    with pytest.raises(NotAcceleratedError, match="dense has hooks"):
+        fast(ids())
+
+
+@transformers_5
+def test_a_forward_of_ones_own_is_left_alone():
+    class Own(transformers.AlbertForMaskedLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            output = super().forward(input_ids, labels=labels, **kwargs)
+            assert labels is None or output.loss is not None
+            return output
+
+    stock = model(Own)
+    input_ids = ids()
+    fast = fast_of(stock, strict=True)
+    labels = torch.where(MASK, input_ids, -100)
+    torch.testing.assert_close(fast(input_ids, labels).loss, stock(input_ids, labels).loss, rtol=1e-9, atol=0)
+    # What is called by hand is what transformers has.
+    hidden = fast.albert(input_ids).last_hidden_state
+    assert fast.predictions(hidden).shape == (3, 11, 60)
+
+
+def test_answers_are_never_in_the_padding():
+    """Each row as it is alone, without padding."""
+    stock, input_ids = model(transformers.AlbertForQuestionAnswering), ids()
+    starts, ends = torch.tensor([3, 1, 0]), torch.tensor([7, 3, 0])
+    fast = fast_of(stock, strict=True)
+    inputs = {"input_ids": input_ids, "attention_mask": MASK, "start_positions": starts, "end_positions": ends}
+    together = fast(**inputs)
+    alone = [
+        stock(
+            input_ids[row : row + 1, :length], start_positions=starts[row : row + 1], end_positions=ends[row : row + 1]
+        )
+        for row, length in enumerate(LENGTHS)
+    ]
+    mean = sum(output.loss for output in alone) / 3
+    torch.testing.assert_close(together.loss, mean, rtol=1e-10, atol=0)
+    assert_same_gradients(gradients(fast, together.loss), gradients(stock, mean))
+    for name in ("start_logits", "end_logits"):
+        for row, length in enumerate(LENGTHS):
+            torch.testing.assert_close(together[name][row, :length], alone[row][name][0], rtol=1e-9, atol=1e-9)
+            assert (together[name][row, length:] < -1e30).all()
+    in_place = fast(**inputs, return_dict=False)
+    assert [torch.equal(one, other) for one, other in zip(in_place, together.values(), strict=True)] == [True] * 3
+    padded = fast_of(stock, strict=True, unpad=False)
+    torch.testing.assert_close(padded(**inputs).loss, stock(**inputs).loss, rtol=1e-10, atol=0)
+
+
+def test_restore_takes_the_hooks_away():
+    stock, inputs = model(transformers.AlbertForMaskedLM), inputs_of("AlbertForMaskedLM")
+    own = []
+    stock.register_forward_hook(lambda m, args, output: own.append(m))
+    fast = fast_of(stock)
+    again = copy.deepcopy(accelerate(fast))  # twice is as once
+    for some in (fast, again):
+        restore(some)
+        assert len(some._forward_hooks) == 1
+        assert len(some._forward_pre_hooks) == 0
+        assert some.__dict__.keys() == stock.__dict__.keys()
+        assert torch.equal(some(**inputs).loss, stock(**inputs).loss)
+    assert len(own) == 4
+    assert explain(fast)[0].refusal is not None
+
+
+@pytest.mark.parametrize("kind", ["AlbertModel", "AlbertForQuestionAnswering"])
+def test_skip_logits_needs_logits(kind):
+    with pytest.raises(ValueError, match="no masked-LM head"):
+        accelerate(model(getattr(transformers, kind)), skip_logits=True)
