@@ -15,7 +15,14 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "autocast")
 DEVICES = ("cpu", "cuda")
 CONFIGS = ("base", "large", "xlarge", "xxlarge")
 DEFAULT_PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
-PEERS = (*DEFAULT_PEERS, "transformers-compile", "onnxruntime", "openvino")
+PEERS = (
+    *DEFAULT_PEERS,
+    "transformers-compile",
+    "transformers-attention",
+    "transformers-accelerated",
+    "onnxruntime",
+    "openvino",
+)
 
 # [CLS], a token that can be masked, [SEP].
 SHORTEST_ROW = 3

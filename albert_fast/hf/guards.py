@@ -71,6 +71,8 @@ _EMBEDDINGS: dict[str, Classes] = {
     "LayerNorm": _NORM,
     "dropout": _DROPOUT,
 }
+# torch.export shows parameters as the second.
+_PLAIN = (nn.Parameter, torch._subclasses.FakeTensor)
 _MLM_HEAD: dict[str, Classes] = {"dense": _LINEAR, "LayerNorm": _NORM, "decoder": _LINEAR}
 
 
@@ -141,7 +143,7 @@ def _refusal_of_parts(owner: Any, classes: dict[str, Classes], training: bool, n
         if expected in (_LINEAR, _NORM, _EMBEDDING):
             for which in ("weight",) if expected is _EMBEDDING else ("weight", "bias"):
                 parameter = module._parameters.get(which)
-                if type(parameter) is not nn.Parameter:
+                if type(parameter) not in _PLAIN:
                     return f"{where}.{which} is no plain parameter"
                 device = device or parameter.device
                 if parameter.device != device:

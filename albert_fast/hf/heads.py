@@ -127,7 +127,7 @@ class AlbertMLMHead(modeling_albert.AlbertMLMHead):
 
 
 def surround(model: nn.Module, unpad: str | bool) -> list[Any]:
-    """Puts the hooks around the calls of a head model, or of a tuner of peft around one.
+    """Puts the hooks around the calls of a head model.
 
     Args:
         model: any module.
@@ -150,13 +150,7 @@ def surround(model: nn.Module, unpad: str | bool) -> list[Any]:
 
 
 def head_of(model: Any) -> type[nn.Module] | None:
-    """Which head a call of the model reaches with the same arguments.
-
-    A subclass with a forward of its own computes what it likes. A tuner of peft calls its model's `forward`, and with
-    that no hook of it.
-    """
-    if any(base.__name__ == "BaseTuner" for base in type(model).__mro__):
-        model = model.model
+    """Which head's forward the model has. A subclass with one of its own computes what it likes."""
     return next((head for head in _ARGUMENTS if isinstance(model, head) and type(model).forward is head.forward), None)
 
 
@@ -165,8 +159,8 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     assert head is not None
     names = _ARGUMENTS[head]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(named) < len(args) + len(kwargs) or Call.of(kwargs) is not None:
-        return args, kwargs  # the call will fail, and say why; or it is a part of one that has begun
+    if len(named) < len(args) + len(kwargs):
+        return args, kwargs  # the call will fail, and say why
     labels = named.pop("labels", None) if head in _MLM_HEADS else None
     if head is modeling_albert.AlbertForPreTraining and named.get("sentence_order_label") is None:
         labels = None  # transformers has no loss without both

@@ -10,7 +10,10 @@ from torch.nn.utils import parametrizations, prune
 
 from albert_fast import ops
 from albert_fast.hf import NotAcceleratedError, accelerate, explain, restore
+from albert_fast.hf import embeddings as hf_embeddings
 from albert_fast.hf import encoder as hf_encoder
+from albert_fast.hf import heads as hf_heads
+from albert_fast.hf.guards import TRANSFORMERS_5
 from hf.albert import (
     HEADS,
     LENGTHS,
@@ -51,46 +54,82 @@ def test_configurations_equal_transformers(changes, recompute, implementation):
     assert_equal(results(fast_of(stock, strict=True, recompute=recompute), inputs), results(stock, inputs))
 
 
-def test_float32_is_as_near_to_float64_as_transformers():
-    """Over five models: how rounding is amplified differs from one to the next."""
-    squares = {"ours": 0.0, "theirs": 0.0}
+@pytest.mark.parametrize("head", ["AlbertModel", "AlbertForMaskedLM", "AlbertForTokenClassification"])
+@pytest.mark.parametrize("dtype", ["float32", "autocast"])
+def test_rounding_is_no_more_than_in_transformers(head, dtype):
+    """On average over five models: how rounding is amplified differs from one to the next."""
+    # In bfloat16 such a model's attention is chaos with weights as large as elsewhere.
+    scale = {"initializer_range": 0.1} if dtype == "autocast" else {}
+    ratios = []
     for _ in range(5):
-        stock, inputs = model(), {"input_ids": ids(), "attention_mask": MASK}
+        stock, inputs = model(getattr(transformers, head), **scale), inputs_of(head)
         exact = results(stock, inputs)
         single = stock.float()
-        for whose, some in (("ours", fast_of(single, strict=True)), ("theirs", single)):
-            actual = results(some, inputs)
-            names = [name for name in exact if "key.bias" not in name]
-            squares[whose] += sum(relative_error(actual[name], exact[name]) ** 2 for name in names)
-    assert squares["ours"] <= 4 * squares["theirs"]
+        ours, theirs = (errors(some, inputs, exact, dtype) for some in (fast_of(single, strict=True), single))
+        ratios.append(ours / theirs)
+    assert sum(ratios) / 5 <= 2
 
 
-@pytest.mark.parametrize("mutation", ["mask", "output", "gradient"])
+def errors(some: nn.Module, inputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: str) -> float:
+    """The root of the sum of the squared relative errors of all results."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        actual = results(some, inputs)
+    names = [name for name in exact if "key.bias" not in name]
+    return sum(relative_error(actual[name], exact[name]) ** 2 for name in names) ** 0.5
+
+
+class Doubled(torch.autograd.Function):
+    """A gradient that is twice what it should be."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def one_row(operation, hidden, parameters, cu_seqlens, max_seqlen, **options):
+    """Every token sees every other one."""
+    cu_seqlens = torch.tensor([0, hidden.shape[0]], dtype=torch.int32)
+    return operation(hidden, parameters, cu_seqlens, hidden.shape[0], **options)
+
+
+MUTATIONS = {
+    "an ignored mask": (hf_encoder, "encoder", one_row),
+    "2 %": (hf_encoder, "encoder", lambda operation, *args, **options: 1.02 * operation(*args, **options)),
+    "a doubled gradient": (hf_encoder, "encoder", lambda f, *args, **options: Doubled.apply(f(*args, **options))),
+    "2 % of embeddings": (hf_embeddings, "embed_layer_norm", lambda f, *args, **options: 1.02 * f(*args, **options)),
+    "a doubled gradient of embeddings": (
+        hf_embeddings,
+        "embed_layer_norm",
+        lambda f, *args, **options: Doubled.apply(f(*args, **options)),
+    ),
+    "2 % of the loss": (hf_heads, "masked_lm_loss", lambda f, *args, **options: 1.02 * f(*args, **options)),
+    "a doubled gradient of the loss": (
+        hf_heads,
+        "masked_lm_loss",
+        lambda f, *args, **options: Doubled.apply(f(*args, **options)),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_an_error_would_be_noticed(mutation, monkeypatch):
-    stock = model()
-    inputs = {"input_ids": ids(), "attention_mask": MASK}
-
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * grad
-
-    def wrong(hidden, parameters, cu_seqlens, max_seqlen, **options):
-        if mutation == "mask":
-            cu_seqlens = torch.tensor([0, hidden.shape[0]], dtype=torch.int32)
-            return ops.encoder(hidden, parameters, cu_seqlens, hidden.shape[0], **options)
-        output = ops.encoder(hidden, parameters, cu_seqlens, max_seqlen, **options)
-        return Doubled.apply(output) if mutation == "gradient" else 1.02 * output
+    where, name, wrong = MUTATIONS[mutation]
+    if where is hf_heads and not TRANSFORMERS_5:
+        pytest.skip("transformers 4 computes its own loss")
+    stock, inputs = model(transformers.AlbertForMaskedLM), inputs_of("AlbertForMaskedLM")
+    right = getattr(ops, name)
 
     class Ops:
-        encoder = staticmethod(wrong)
+        pass
 
+    setattr(Ops, name, staticmethod(lambda *args, **options: wrong(right, *args, **options)))
     fast = fast_of(stock, strict=True)
-    monkeypatch.setattr(hf_encoder, "ops", Ops)
+    assert_equal(results(fast, inputs), results(stock, inputs))
+    monkeypatch.setattr(where, "ops", Ops)
     with pytest.raises(AssertionError):
         assert_equal(results(fast, inputs), results(stock, inputs))
 
@@ -151,6 +190,20 @@ def test_a_mask_between_tokens_is_transformers_own():
     assert "mask" in explain(fast, input_ids=input_ids, attention_mask=mask)[0].refusal
 
 
+@transformers_5
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "albert_fast"])
+def test_masks_of_other_implementations(implementation):
+    """Two-dimensional ones, whose attention is never called."""
+    stock, input_ids = model(), ids()
+    fast = fast_of(stock, strict=True)
+    fast.config._attn_implementation = implementation
+    actual, expected = (some(input_ids, MASK.long()).last_hidden_state[MASK] for some in (fast, stock))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    fast.config._attn_implementation = "flex_attention"
+    with pytest.raises(NotAcceleratedError, match="flex_attention"):
+        fast(input_ids)
+
+
 def test_dropout():
     stock = model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, dtype=torch.float32)
     fast, input_ids = fast_of(stock, strict=True), ids()
@@ -193,12 +246,19 @@ def other_activation(layer):
     layer.activation = nn.ReLU()
 
 
+def offload(layer):
+    """As the accelerate library moves a module's weights in and out: by a forward of its own."""
+    hooks = pytest.importorskip("accelerate").hooks
+    hooks.add_hook_to_module(layer.ffn, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
 CHANGES = {
     "a replaced module": (replace_query, "Lora"),
     "a hook": (lambda layer: layer.ffn.register_forward_hook(lambda m, a, output: output + 1), "hooks"),
     "a hook before": (lambda layer: layer.attention.register_forward_pre_hook(lambda m, args: None), "hooks"),
     "a hook on gradients": (lambda layer: layer.register_full_backward_hook(lambda m, i, o: None), "hooks"),
     "a forward of its own": (own_forward, "forward of its own"),
+    "offloaded": (offload, "forward of its own"),
     "another activation": (other_activation, "ReLU"),
     "pruned": (lambda layer: prune.l1_unstructured(layer.ffn, "weight", 0.5), "hooks"),
     "weight norm": (lambda layer: parametrizations.weight_norm(layer.ffn_output), "ParametrizedLinear"),
@@ -225,11 +285,30 @@ def test_what_was_changed_is_transformers_own(change):
     assert message in path.refusal
     expected = stock(input_ids).last_hidden_state
     assert torch.equal(fast(input_ids).last_hidden_state, expected)
-    harmless = ("a hook before", "a hook on gradients", "chunks", "weight norm")
+    harmless = ("offloaded", "a hook before", "a hook on gradients", "chunks", "weight norm")
     assert change in harmless or not torch.equal(expected, before)
     accelerate(fast, strict=True)
     with pytest.raises(NotAcceleratedError, match="strict=False"):
         fast(input_ids)
+
+
+def _sharded(_rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    stock, input_ids = model(dtype=torch.float32), ids()
+    expected = stock(input_ids).last_hidden_state
+    fast = fast_of(stock)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(fast.encoder.albert_layer_groups[0].albert_layers[0], mesh=mesh)
+    (path,) = explain(fast, input_ids=input_ids)
+    assert path.refusal is not None
+    torch.testing.assert_close(fast(input_ids).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_is_transformers_own(tmp_path):
+    torch.multiprocessing.spawn(_sharded, args=(str(tmp_path),))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
@@ -237,7 +316,8 @@ def test_int8_by_pytorch_is_transformers_own():
     quantized = torch.ao.quantization.quantize_dynamic(model(dtype=torch.float32), {nn.Linear}, dtype=torch.qint8)
     input_ids = ids()
     expected = quantized(input_ids).last_hidden_state
-    assert torch.equal(accelerate(quantized)(input_ids).last_hidden_state, expected)
+    # The embeddings are this package's: what they round otherwise may fall on the other side of an 8-bit step.
+    assert relative_error(accelerate(quantized)(input_ids).last_hidden_state, expected) < 0.03
     assert explain(quantized, input_ids=input_ids)[0].refusal is not None
 
 

@@ -4,7 +4,13 @@ from albert_fast.bench.peers.albert_fast import AlbertFast, Reference, serving_b
 from albert_fast.bench.peers.base import Peer, call
 from albert_fast.bench.peers.onnxruntime import OnnxRuntime
 from albert_fast.bench.peers.openvino import OpenVino
-from albert_fast.bench.peers.transformers import TransformersCompile, TransformersEager, TransformersSdpa
+from albert_fast.bench.peers.transformers import (
+    TransformersAccelerated,
+    TransformersAttention,
+    TransformersCompile,
+    TransformersEager,
+    TransformersSdpa,
+)
 
 __all__ = ["PEERS", "AlbertFast", "Peer", "Reference", "call", "serving_backends"]
 
@@ -16,6 +22,8 @@ PEERS: dict[str, type[Peer]] = {
         TransformersEager,
         TransformersSdpa,
         TransformersCompile,
+        TransformersAttention,
+        TransformersAccelerated,
         OnnxRuntime,
         OpenVino,
     )

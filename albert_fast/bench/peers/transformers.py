@@ -1,4 +1,4 @@
-"""transformers' AlbertForMaskedLM, with each of its implementations of attention, and compiled."""
+"""transformers' AlbertForMaskedLM: with each of its implementations of attention, compiled, and accelerated."""
 
 from __future__ import annotations
 
@@ -46,3 +46,29 @@ class TransformersCompile(TransformersSdpa):
         super().build(config, state_dict, dtype, device, batch)
         self.model.albert.compile(dynamic=False)
         self.model.predictions.compile(dynamic=False)
+
+
+class TransformersAttention(Transformers):
+    """With this package's attention alone."""
+
+    name = "transformers-attention"
+    attention = "albert_fast"
+
+    def module(self, config: AlbertConfig) -> torch.nn.Module:
+        import albert_fast.hf  # noqa: F401  knows of attention="albert_fast"
+
+        return super().module(config)
+
+
+class TransformersAccelerated(TransformersSdpa):
+    """Passed through `albert_fast.hf.accelerate`."""
+
+    name = "transformers-accelerated"
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        from albert_fast.hf import accelerate
+
+        super().build(config, state_dict, dtype, device, batch)
+        accelerate(self.model, skip_logits=True, strict=True)
