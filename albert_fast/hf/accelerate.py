@@ -13,6 +13,7 @@ from albert_fast.hf.embeddings import AlbertEmbeddings
 from albert_fast.hf.encoder import AlbertTransformer, Options, watcher
 from albert_fast.hf.guards import TRANSFORMERS_5
 from albert_fast.hf.heads import AlbertMLMHead, surround
+from albert_fast.hf.layer import AlbertLayer
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import RECOMPUTE
 
@@ -21,6 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # What each is, transformers' class, and the one that takes its place.
 _CLASSES: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = (
     ("encoder", modeling_albert.AlbertTransformer, AlbertTransformer),
+    ("layer", modeling_albert.AlbertLayer, AlbertLayer),
     ("embeddings", modeling_albert.AlbertEmbeddings, AlbertEmbeddings),
     ("masked-LM head", modeling_albert.AlbertMLMHead, AlbertMLMHead),
 )
@@ -36,10 +38,10 @@ def accelerate(
 ) -> Model:
     """Makes the ALBERT encoders of transformers inside a model fast, in place.
 
-    Encoders, embeddings and masked-LM heads change, and nothing that can be seen of them: the models' own classes,
-    parameters and their names, `state_dict`, hooks, tied weights, `deepcopy` and `pickle` stay. A call that the kernels
-    must not serve (LoRA or other modules in a layer's place, hooks, attentions wanted, a mask that is more than
-    padding, an export to ONNX, …) is transformers' own; `explain` says which.
+    Encoders, layers, embeddings and masked-LM heads change, and nothing that can be seen of them: the models' own
+    classes, parameters and their names, `state_dict`, hooks, tied weights, `deepcopy` and `pickle` stay. A call that
+    the kernels must not serve (LoRA or other modules in a layer's place, hooks, attentions wanted, a mask that is more
+    than padding, an export to ONNX, …) runs through transformers' own layers; `explain` says which.
 
     What differs from transformers, on purpose:
 
@@ -77,13 +79,13 @@ def accelerate(
         f"skip_logits is True, and model, a {type(model).__name__}, has no masked-LM head inside whose logits could be "
         "skipped, or transformers is older than 5: leave it out",
     )
-    restore(model)
     options = Options(unpad, skip_logits, recompute, strict)
     for module in modules:
         for _, stock, fast in _CLASSES:
-            if type(module) is stock:
+            if type(module) in (stock, fast):
                 module.__class__ = fast
                 module._albert_fast = options  # type: ignore[assignment]
+        _remove_hooks(module)
         if isinstance(module, modeling_albert.AlbertPreTrainedModel) and not module.supports_gradient_checkpointing:
             module.supports_gradient_checkpointing = True
         if hooks := surround(module, unpad):
@@ -103,11 +105,15 @@ def restore(model: Model) -> Model:
                 module.__class__ = stock
                 for name in ("_albert_fast", "gradient_checkpointing", "_gradient_checkpointing_func"):
                     module.__dict__.pop(name, None)
-        for handle in module.__dict__.pop("_albert_fast_hooks", ()):
-            handle.remove()
+        _remove_hooks(module)
         if isinstance(module, modeling_albert.AlbertPreTrainedModel):
             module.__dict__.pop("supports_gradient_checkpointing", None)
     return model
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for handle in module.__dict__.pop("_albert_fast_hooks", ()):
+        handle.remove()
 
 
 class Path(NamedTuple):

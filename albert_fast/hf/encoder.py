@@ -6,9 +6,7 @@ model was accelerated. A call that the guards refuse is transformers' own, to th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,6 @@ from albert_fast.hf import guards
 from albert_fast.hf.heads import Call
 from albert_fast.hf.packed import packed_offsets
 from albert_fast.ops.checks import has_values
-from albert_fast.ops.encoder import layer_of_pass
 from albert_fast.packing import PackedBatch
 
 
@@ -39,34 +36,36 @@ watcher: ContextVar[list[tuple[torch.nn.Module, str | None]] | None] = ContextVa
 
 
 class Rows(NamedTuple):
-    """Where the tokens are, and what is added to the scores."""
+    """Where the tokens are, what is added to the scores, and whether rows lie one after the other in one."""
 
     batch: PackedBatch
     bias: Tensor | None = None
+    are_packed: bool = False
 
 
 class AlbertTransformer(modeling_albert.AlbertTransformer):
     _albert_fast: Options
-    # transformers sets both, in every module that has the first: model.gradient_checkpointing_enable().
+    # transformers sets it in every module that has it: model.gradient_checkpointing_enable().
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         call = Call.taken_from(kwargs)
-        found = self._refusal(args, kwargs) or self._rows(hidden_states, attention_mask, kwargs)
-        refused = found if isinstance(found, str) else None
+        rows = self._rows(hidden_states, attention_mask, kwargs)
+        refused = self._refusal(args, kwargs) or (rows if isinstance(rows, str) else None)
         if (watching := None if torch.compiler.is_compiling() else watcher.get()) is not None:
             watching.append((self, refused))
-        if isinstance(found, Rows):
-            return self._run(hidden_states, found, kwargs, call)
+        if refused is None:
+            assert isinstance(rows, Rows)
+            return self._run(hidden_states, rows, kwargs, call)
         if self._albert_fast.strict:
             raise guards.NotAcceleratedError(
                 f"transformers' own encoder would have to serve this call: {refused}. "
                 "Mend that, or accelerate the model with strict=False"
             )
-        if guards.TRANSFORMERS_5 and self.gradient_checkpointing and self.training:
-            return self._with_checkpoints(hidden_states, attention_mask, kwargs)
-        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if isinstance(rows, Rows) and rows.are_packed and attention_mask is None:
+            attention_mask = self._mask_between(rows.batch, hidden_states.dtype)
+        output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return output if isinstance(rows, str) else _without_padding(output, rows.batch, call)
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         implementation = self.config._attn_implementation
@@ -80,7 +79,7 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
             return "attentions are wanted, which the kernels do not have"
         return guards.refusal(self)
 
-    def _rows(self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Rows | str:
+    def _rows(self, hidden_states: Tensor, mask: Any, kwargs: dict[str, Any]) -> Rows | str:
         """Which tokens there are; or why this cannot be said."""
         shape = (hidden_states.shape[0], hidden_states.shape[1])
         device = hidden_states.device
@@ -89,9 +88,11 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
             if mask is not None:
                 return "a mask beside packed rows"
             cu_seqlens, longest = packed
-            return Rows(PackedBatch(cu_seqlens, longest, *shape))
+            return Rows(PackedBatch(cu_seqlens, longest, *shape), are_packed=True)
         if mask is None:
             return Rows(PackedBatch.layout(shape, device))
+        if not isinstance(mask, Tensor):
+            return f"a mask that is a {type(mask).__name__}"
         if mask.dim() == 2 and mask.shape == shape:
             mask = mask[:, None, None, :] != 0
         if mask.dim() != 4 or mask.shape[2] not in (1, shape[1]) or mask.shape[3] != shape[1]:
@@ -103,6 +104,18 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
         if not bool((kept == keys[:, None, None]).all()) or not (mask.dtype == torch.bool or _is_blocking(mask, kept)):
             return "a mask that does more than leave out padding"
         return Rows(PackedBatch.layout(shape, device, keys.expand(shape)))
+
+    def _mask_between(self, batch: PackedBatch, dtype: torch.dtype) -> Tensor | None:
+        """What keeps packed rows apart in transformers' own attention, where it does not do that by itself."""
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            return None
+        places = torch.arange(batch.tokens, device=batch.device)
+        row = torch.searchsorted(batch.cu_seqlens[1:], places, right=True)
+        same = (row[:, None] == row)[None, None]
+        if implementation == "sdpa":
+            return same
+        return torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)
 
     def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any], call: Call | None) -> Any:
         config, batch = self.config, rows.batch
@@ -145,14 +158,16 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
         result = BaseModelOutput(last_hidden_state=padded, hidden_states=chosen)
         return result if kwargs.get("return_dict", True) else result.to_tuple()
 
-    def _with_checkpoints(self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BaseModelOutput:
-        """transformers' own loop, of which each pass is kept as its input alone."""
-        config = self.config
-        hidden_states = self.embedding_hidden_mapping_in(hidden_states)
-        for group in layer_of_pass(config.num_hidden_layers, config.num_hidden_groups, 1):
-            run = partial(self.albert_layer_groups[group].__call__, attention_mask=mask, **kwargs)
-            hidden_states = self._gradient_checkpointing_func(run, hidden_states)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+
+def _without_padding(output: Any, batch: PackedBatch, call: Call | None) -> Any:
+    """Who serves a call is not to be seen in it: zeros in the padding, and packed tokens for the masked-LM head."""
+    hidden = batch.pack(output[0])
+    padded = batch.pad(hidden)
+    if call is not None:
+        call.goes_with(padded, batch, hidden)
+    if isinstance(output, tuple):  # transformers 4
+        return (padded, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": padded})
 
 
 def fresh_seed(dropout_p: float, device: torch.device) -> Tensor | None:

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.albert import modeling_albert
 
 from albert_fast.activations import ACTIVATIONS
+from albert_fast.hf.layer import AlbertLayer
 from albert_fast.ops.encoder import layer_of_pass
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -59,7 +60,7 @@ _ATTENTION = tuple(
     if hasattr(modeling_albert, name)
 )
 _LAYER: dict[str, Classes] = {
-    "": (modeling_albert.AlbertLayer,),
+    "": (modeling_albert.AlbertLayer, AlbertLayer),
     "attention": _ATTENTION,
     **dict.fromkeys([f"attention.{name}" for name in ("query", "key", "value", "dense")], _LINEAR),
     **dict.fromkeys(("ffn", "ffn_output"), _LINEAR),

@@ -195,34 +195,22 @@ def _scale_loss(model: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _leave_out_padding(model: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """An answer cannot begin or end where nothing was computed."""
-    call = Call.of(kwargs)
+    """An answer cannot begin or end in the padding, whether that was computed or not."""
+    call, mask = Call.of(kwargs), kwargs.get("attention_mask")
     as_dict = kwargs.get("return_dict") if call is None else call.as_dict
-    real = _real_positions(call, kwargs)
-    if real is None:
+    if mask is None or mask.dim() != 2:
         return _as_wanted(model, as_dict, output)
     has_loss = kwargs.get("start_positions") is not None and kwargs.get("end_positions") is not None
     if isinstance(output, tuple):  # transformers 4
         names = ("loss", "start_logits", "end_logits", "hidden_states", "attentions")
         output = QuestionAnsweringModelOutput(**dict(zip(names if has_loss else names[1:], output, strict=False)))
     least = torch.finfo(output["start_logits"].dtype).min
-    start, end = (output[f"{name}_logits"].masked_fill(~real, least) for name in ("start", "end"))
+    start, end = (output[f"{name}_logits"].masked_fill(mask == 0, least) for name in ("start", "end"))
     changes = {"start_logits": start, "end_logits": end}
     if has_loss:
         starts, ends = kwargs["start_positions"], kwargs["end_positions"]
         changes["loss"] = (_of_answers(start, starts) + _of_answers(end, ends)) / 2
     return _as_wanted(model, as_dict, output, **changes)
-
-
-def _real_positions(call: Call | None, kwargs: dict[str, Any]) -> Tensor | None:
-    """bool [batch, seq]; None where every position was computed."""
-    if guards.TRANSFORMERS_5:
-        batch = None if call is None else call.batch
-        if batch is None or batch.indices is None:
-            return None
-        return batch.pad(torch.ones(batch.tokens, dtype=torch.bool, device=batch.device))
-    mask = kwargs.get("attention_mask")
-    return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
 def _as_wanted(model: Any, as_dict: bool | None, output: Any, **changes: Tensor) -> Any:

@@ -8,8 +8,6 @@ as if it had come from there. Options are changed by `accelerate(model, …)`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
 from albert_fast.hf.accelerate import accelerate
@@ -18,9 +16,10 @@ from albert_fast.hf.accelerate import accelerate
 class _Accelerated:
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: transformers.AlbertConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+    def post_init(self) -> None:
+        """What transformers' constructors call last."""
         accelerate(self)  # type: ignore[type-var]
+        super().post_init()  # type: ignore[misc]
 
 
 class AlbertModel(_Accelerated, transformers.AlbertModel):

@@ -83,6 +83,24 @@ def test_outputs_come_in_transformers_order(head):
 
 
 @transformers_5
+@pytest.mark.parametrize("head", [*MASKED_LM, "AlbertForQuestionAnswering"])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_compiles_to_one_graph(head, skip_logits):
+    if skip_logits and head not in MASKED_LM:
+        pytest.skip("it has none")
+    fast = fast_of(model(getattr(transformers, head), dtype=torch.float32), strict=True, skip_logits=skip_logits)
+    inputs = {**inputs_of(head), "attention_mask": MASK.long()}
+    if head in MASKED_LM:
+        inputs["num_items_in_batch"] = torch.tensor(20)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(**inputs), fast(**inputs)
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual.loss, expected.loss)
+    for one, other in zip(gradients(fast, actual.loss), gradients(fast, expected.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@transformers_5
 def test_no_label_at_all():
     fast = fast_of(model(transformers.AlbertForMaskedLM), strict=True)
     loss = fast(ids(), MASK, labels=torch.full((3, 11), -100)).loss
