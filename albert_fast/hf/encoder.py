@@ -162,9 +162,11 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
 def _without_padding(output: Any, batch: PackedBatch, call: Call | None) -> Any:
     """Who serves a call is not to be seen in it: zeros in the padding, and packed tokens for the masked-LM head."""
     hidden = batch.pack(output[0])
-    padded = batch.pad(hidden)
+    padded = output[0] if batch.indices is None else batch.pad(hidden)
     if call is not None:
         call.goes_with(padded, batch, hidden)
+    if padded is output[0]:
+        return output
     if isinstance(output, tuple):  # transformers 4
         return (padded, *output[1:])
     return type(output)(**{**output, "last_hidden_state": padded})
