@@ -9,12 +9,13 @@ VENV4 := $(VENV)/transformers4
 .PHONY: bench test test-slow test-transformers4 lint aot sanitize gpu clean
 
 # torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
-# nothing that follows asks for another build.
+# nothing that follows asks for another build. timm is an oracle of the tests, one file of it, which needs nothing else.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -U -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps timm
 	touch $(STAMP)
 
 bench: $(STAMP)

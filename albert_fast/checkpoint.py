@@ -16,9 +16,10 @@ import shutil
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -61,10 +62,15 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     `source` is a directory (the first of `ENTRIES` is read) or one file: .safetensors, .bin, .pt, .pth or
     an index (.index.json) with its shards beside it. Only the old names `gamma` and `beta` are changed, to
-    `weight` and `bias`. Tensors may stay mapped to the file: replace files, never write into them. Pickles
-    are read as data, code in them is never run. Raises CheckpointError, naming the file, for anything
-    missing, damaged or foreign.
+    `weight` and `bias`. A TensorFlow checkpoint of Google's (see `albert_fast.tensorflow_checkpoint`) is read
+    with all its names changed to Hugging Face's. Tensors may stay mapped to the file: replace files, never
+    write into them. Pickles are read as data, code in them is never run. Raises CheckpointError, naming the
+    file, for anything missing, damaged or foreign.
     """
+    from albert_fast import tensorflow_checkpoint  # which imports this module
+
+    if (prefix := tensorflow_checkpoint.find(source)) is not None:
+        return tensorflow_checkpoint.read_state_dict(prefix)
     path = Path(source)
     if path.is_dir():
         path = _entry(path)
@@ -416,29 +422,116 @@ def convert(
     max_shard_size: int | str = "5GB",
     safe_serialization: bool = True,
     dtype: torch.dtype | str | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Write a whole checkpoint anew: config.json, the weights, and the tokenizer's files copied as they are.
 
-    `source` is a directory, or a weight file with its config.json beside it; `target` a directory that is
-    empty or does not exist: it appears complete or not at all. `dtype` casts the floating tensors and is
-    noted in the config; without it the values keep every bit. Raises CheckpointError or ConfigError.
+    `source` is a directory, or a weight file with its config.json beside it, or a TensorFlow checkpoint (see
+    `albert_fast.tensorflow_checkpoint`), for which alone `architecture` names the class to convert for; `target`
+    a directory that is empty or does not exist: it appears complete or not at all. `dtype` casts the floating
+    tensors and is noted in the config; without it the values keep every bit. Raises CheckpointError or
+    ConfigError.
     """
-    source, target = Path(source), Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty directory: name a new one")
-    weights = _distinct(read_state_dict(source))  # before a cast, which would separate what is tied
-    directory = source if source.is_dir() else source.parent
-    config = AlbertConfig.from_pretrained(directory, **({} if dtype is None else {"dtype": dtype}))
+    from albert_fast import tensorflow_checkpoint  # which imports this module
+
+    source, target = Path(source), _vacant(target)
+    changes = {} if dtype is None else {"dtype": dtype}
+    if (prefix := tensorflow_checkpoint.find(source)) is not None:
+        config, weights = tensorflow_checkpoint.read(prefix, architecture=architecture)
+        config = AlbertConfig.from_dict(config.to_dict(), **changes)
+        vocabulary = tensorflow_checkpoint.vocabulary(prefix)
+        files = {} if vocabulary is None else {"spiece.model": vocabulary}
+    elif architecture is not None:
+        raise CheckpointError(f"{source} is no TensorFlow checkpoint: only for one can architecture be given")
+    else:
+        weights = _distinct(read_state_dict(source))  # before a cast, which would separate what is tied
+        directory = source if source.is_dir() else source.parent
+        config = AlbertConfig.from_pretrained(directory, **changes)
+        files = {name: directory / name for name in (*TOKENIZER_FILES, QUANTIZATION_FILE)}
     weights = {name: tensor for name, tensor in weights.items() if not _matches(name, BUFFERS)}
     if dtype is not None:
         weights = {k: v.to(config.dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    _write_directory(target, config, weights, files, max_shard_size, safe_serialization)
+
+
+def average(
+    sources: Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the mean of the weights of several checkpoints of one run, as a new Hugging Face directory.
+
+    `sources` are at least two Hugging Face directories; `target` as in `convert`. Sums are in float32 (float64 for
+    float64), one checkpoint in memory at a time beside them; the dtypes stay. Config and tokenizer are the
+    first's; its int8 settings are not taken over: quantize the mean. Raises CheckpointError, naming
+    the file and what differs, where configs, names, shapes, dtypes or whole numbers are not the same.
+    """
+    if len(sources) < 2:
+        raise CheckpointError(f"sources has {len(sources)} checkpoints, expected at least two to average")
+    first, target = Path(sources[0]), _vacant(target)
+    config = AlbertConfig.from_pretrained(first)
+    weights = _distinct(read_state_dict(first))
+    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    sums = {k: v.to(torch.promote_types(v.dtype, torch.float32), copy=True) for k, v in floats.items()}
+    for source in sources[1:]:
+        mine, theirs = config.to_dict(), AlbertConfig.from_pretrained(source).to_dict()
+        _same(source, first, "in config.json", _without_versions(theirs), _without_versions(mine))
+        added = _distinct(read_state_dict(source))
+        _same(source, first, "in the weights", _described(added), _described(weights))
+        for name, tensor in added.items():
+            if name in sums:
+                sums[name] += tensor
+            elif not torch.equal(tensor, weights[name]):
+                raise CheckpointError(f"{source} has other whole numbers in {name} than {first}: they have no mean")
+    mean = {**weights, **{k: (sums[k] / len(sources)).to(v.dtype) for k, v in floats.items()}}
+    files = {name: first / name for name in TOKENIZER_FILES}
+    _write_directory(target, config, mean, files, max_shard_size, True)
+
+
+def _without_versions(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in config.items() if not key.endswith("_version")
+    }  # of the libraries that wrote it
+
+
+def _described(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in weights.items()}
+
+
+def _same(source: object, first: object, where: str, theirs: Mapping[str, object], mine: Mapping[str, object]) -> None:
+    differ = [
+        f"{name} is {theirs.get(name, 'absent')}, expected {mine.get(name, 'absent')}"
+        for name in (*mine, *(theirs.keys() - mine.keys()))
+        if theirs.get(name) != mine.get(name)
+    ]
+    if differ:
+        raise CheckpointError(f"{source} does not match {first} {where}: " + "; ".join(differ))
+
+
+def _vacant(target: str | os.PathLike[str]) -> Path:
+    target = Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty directory: name a new one")
+    return target
+
+
+def _write_directory(
+    target: Path,
+    config: AlbertConfig,
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, Path],
+    max_shard_size: int | str,
+    safe_serialization: bool,
+) -> None:
+    """Config, weights and copies of those `files` (by their new names) that exist, made aside and renamed."""
     staging = _temporary(target)
     try:
         config.save_pretrained(staging)
         write_state_dict(staging, weights, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
-        for name in (*TOKENIZER_FILES, QUANTIZATION_FILE):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, staging / name)
+        for name, path in files.items():
+            if path.is_file():
+                shutil.copyfile(path, staging / name)
         staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

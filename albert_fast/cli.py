@@ -27,14 +27,27 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     convert = commands.add_parser("convert", help="write a checkpoint anew: sharded, single, or in another dtype")
-    convert.add_argument("source", help="a Hugging Face directory, or a weight file beside its config.json")
+    convert.add_argument(
+        "source",
+        help="a Hugging Face directory, a weight file beside its config.json, or Google's TensorFlow checkpoint",
+    )
     convert.add_argument("target", help="the directory to make")
     convert.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; that of the file when not given")
     convert.add_argument(
         "--max-shard-size", default="5GB", help="largest weight file, such as 500MB (default: %(default)s)"
     )
     convert.add_argument("--bin", action="store_true", help="pytorch_model.bin in place of safetensors")
+    convert.add_argument(
+        "--architecture",
+        default=None,
+        help="of a TensorFlow checkpoint: AlbertForQuestionAnswering …; what its heads tell when not given",
+    )
     convert.set_defaults(run=_convert)
+
+    average = commands.add_parser("average", help="the mean of several checkpoints of one run")
+    average.add_argument("sources", nargs="+", metavar="DIR", help="Hugging Face directories, at least two")
+    average.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
+    average.set_defaults(run=_average)
 
     quantize = commands.add_parser("quantize", help="a checkpoint whose encoder is to run in int8, and what that costs")
     quantize.add_argument("source", help="a Hugging Face directory with its vocabulary")
@@ -42,12 +55,59 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to measure the loss on")
     quantize.set_defaults(run=_quantize)
 
+    vocab = commands.add_parser("vocab", help="train a sentencepiece vocabulary with ALBERT's options")
+    _add_reading(vocab)
+    vocab.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
+    vocab.add_argument("--size", default="30000", metavar="N", help="pieces (default: %(default)s)")
+    vocab.add_argument(
+        "--sentences-sampled",
+        default="10000000",
+        metavar="N",
+        help="sentences, drawn from all, that the trainer holds in memory (default: %(default)s)",
+    )
+    vocab.add_argument("--cased", action="store_true", help="keep capitals")
+    vocab.add_argument("--keep-accents", action="store_true", help="keep accents and compatibility characters")
+    vocab.set_defaults(run=_vocab)
+
+    corpus = commands.add_parser("corpus", help="make a token store of texts; called again, it goes on with one")
+    _add_reading(corpus)
+    corpus.add_argument("-o", "--output", required=True, metavar="STORE", help="the directory to make")
+    corpus.add_argument("--vocab", required=True, metavar="DIR", help="a sentencepiece model, or a directory with one")
+    corpus.add_argument("--workers", metavar="N", help="processes (default: as many as there are cores and work for)")
+    corpus.add_argument("--force", action="store_true", help="remove the store that is there")
+    corpus.set_defaults(run=_corpus)
+
     from albert_fast.bench import arguments
 
     bench = commands.add_parser("bench", help="time this package beside transformers, parity first")
     arguments.add_to(bench)
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options of how texts are read; albert_fast.pretraining.reading says what they mean, and checks them."""
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help=".txt, .txt.gz, .jsonl, .jsonl.gz or .parquet files")
+    parser.add_argument(
+        "--documents",
+        default="blank",
+        metavar="RULE",
+        help="what is a document of plain text: blank (blank lines stand between documents), file or line "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sentences",
+        default="split",
+        metavar="RULE",
+        help="what is a sentence: split (lines are joined where they were wrapped, and split at stops) or line "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--field", default="text", help="of .jsonl and .parquet: where the text is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true", help="count lines that cannot be read; do not stop there"
+    )
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -92,8 +152,17 @@ def _convert(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         safe_serialization=not args.bin,
         dtype=args.dtype,
+        architecture=args.architecture,
     )
     print(f"wrote {args.target}")
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from albert_fast.checkpoint import average
+
+    average(args.sources, args.output)
+    print(f"wrote {args.output}")
     return 0
 
 
@@ -114,6 +183,61 @@ def _quantize(args: argparse.Namespace) -> int:
     loss = quantization.accuracy_loss(model, tokenizer, measured)
     print(f"wrote {args.target}\n{loss}; text: {text.source}")
     return 0
+
+
+def _vocab(args: argparse.Namespace) -> int:
+    from albert_fast.pretraining import vocabulary_training
+    from albert_fast.pretraining.progress import Progress
+    from albert_fast.pretraining.reading import Options
+
+    options = Options(args.documents, args.sentences, args.field, args.skip_bad_lines)
+    tokenizer = vocabulary_training.train(
+        args.texts,
+        args.output,
+        options,
+        size=_positive("--size", args.size),
+        sampled=_positive("--sentences-sampled", args.sentences_sampled),
+        cased=args.cased,
+        keep_accents=args.keep_accents,
+        progress=Progress(),
+    )
+    print(f"wrote {args.output}: {len(tokenizer)} pieces")
+    return 0
+
+
+def _corpus(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from albert_fast.pretraining import corpus
+    from albert_fast.pretraining.progress import Progress
+    from albert_fast.pretraining.reading import Options
+    from albert_fast.tokenizer import AlbertTokenizer
+
+    options = Options(args.documents, args.sentences, args.field, args.skip_bad_lines)
+    workers = None if args.workers is None else _positive("--workers", args.workers)
+    is_file = Path(args.vocab).is_file()
+    tokenizer = AlbertTokenizer(args.vocab) if is_file else AlbertTokenizer.from_pretrained(args.vocab)
+    try:
+        store = corpus.build(
+            args.texts,
+            tokenizer,
+            args.output,
+            options,
+            workers=workers,
+            force=args.force,
+            progress=Progress(),
+        )
+    except KeyboardInterrupt:
+        print(f"albert-fast corpus: stopped; the same command goes on with {args.output}", file=sys.stderr)
+        return 130
+    print(corpus.summary(store))
+    return 0
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"{name} is {value!r}; a number from 1 was expected")
+    return int(value)
 
 
 def _bench(args: argparse.Namespace) -> int:

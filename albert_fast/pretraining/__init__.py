@@ -1,0 +1,1 @@
+"""Pretraining: corpus -> token store -> masked examples -> training run."""
