@@ -457,7 +457,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD)
+@pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[message for _, _, message in BAD])
 def test_bad_lines(name, content, message, vocabulary, tokenizer, tmp_path, capsys):
     text, store = tmp_path / name, tmp_path / "store"
     text.write_bytes(content)
