@@ -65,7 +65,7 @@ def test_encoders_equal_sdpa(name, calls):
     for key, value in expected.items():
         scale = value.abs().max().item() + 1.0 if "key.bias" in key else None
         # Splinter's eager attention has its softmax in float32.
-        assert relative_error(actual[key], value, scale) < (1e-6 if name == "SplinterModel" else 1e-9), key
+        assert relative_error(actual[key], value, scale) < (1e-5 if name == "SplinterModel" else 1e-9), key
     # The first row has no padding; the second differs once what follows it is no padding, either.
     without = with_ours(stock)(input_ids=inputs["input_ids"]).last_hidden_state
     first, second = expected["last_hidden_state"].split([LENGTHS[0], sum(LENGTHS[1:])])

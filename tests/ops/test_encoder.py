@@ -234,11 +234,18 @@ def test_equals_the_formula(implementation, variant, device, monkeypatch):
 @parametrize_dtype
 @pytest.mark.parametrize("variant", ["plain", "dropout"])
 def test_is_as_accurate_as_pytorch(implementation, dtype, variant, device, monkeypatch):
-    lengths = ragged_lengths((1, 15, 17, 63))
-    case = Case(lengths, 64, 128, num_layers=3, dtype=dtype, device=device, **VARIANTS[variant])
-    function = case.implementation(implementation, monkeypatch)
-    actual, expected = differentiate(function, case.tensors, case.upstream), case.expected()
-    assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
+    found = []
+    # The biases' gradients are few numbers, whose error in float32 is a matter of luck: judged over three draws.
+    for _ in range(3 if dtype == torch.float32 else 1):
+        lengths = ragged_lengths((1, 15, 17, 63))
+        case = Case(lengths, 64, 128, num_layers=3, dtype=dtype, device=device, **VARIANTS[variant])
+        function = case.implementation(implementation, monkeypatch)
+        found.append((differentiate(function, case.tensors, case.upstream), case.peer(), case.expected()))
+    actual, peer, expected = (
+        {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]}
+        for draws in zip(*found, strict=True)
+    )
+    assert_all_as_accurate_as(actual, peer, expected, case.scales(expected))
 
 
 @pytest.mark.slow
