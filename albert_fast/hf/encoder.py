@@ -1,7 +1,8 @@
 """transformers' AlbertTransformer with this package's encoder inside: what `accelerate` makes of it.
 
 The class takes the place of transformers' under its own name; it has no state but `_albert_fast`, which says how the
-model was accelerated. A call that the guards refuse is transformers' own, to the bit.
+model was accelerated. A call that the guards refuse runs through transformers' own layers, with the same zeros in the
+padding.
 """
 
 from __future__ import annotations
