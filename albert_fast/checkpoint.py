@@ -17,6 +17,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -426,19 +427,31 @@ def convert(
 ) -> None:
     """Write a whole checkpoint anew: config.json, the weights, and the tokenizer's files copied as they are.
 
+    `source` and `architecture` as in `read_directory`; `target` a directory that is empty or does not exist: it appears
+    complete or not at all. `dtype` casts the floating tensors and is noted in the config; without it the values keep
+    every bit. Raises CheckpointError or ConfigError.
+    """
+    target = vacant(target)
+    config, weights, files = read_directory(source, architecture=architecture)
+    config, weights = cast(config, weights, dtype)
+    write_directory(target, config, weights, files, max_shard_size, safe_serialization)
+
+
+def read_directory(
+    source: str | os.PathLike[str], *, architecture: str | None = None
+) -> tuple[AlbertConfig, dict[str, Tensor], dict[str, Path]]:
+    """A whole checkpoint: its config, its weights without aliases and old buffers, and its other files by their names,
+    some of which may not exist.
+
     `source` is a directory, or a weight file with its config.json beside it, or a TensorFlow checkpoint (see
-    `albert_fast.tensorflow_checkpoint`), for which alone `architecture` names the class to convert for; `target`
-    a directory that is empty or does not exist: it appears complete or not at all. `dtype` casts the floating
-    tensors and is noted in the config; without it the values keep every bit. Raises CheckpointError or
-    ConfigError.
+    `albert_fast.tensorflow_checkpoint`), for which alone `architecture` names the class to convert for. Raises
+    CheckpointError or ConfigError.
     """
     from albert_fast import tensorflow_checkpoint  # which imports this module
 
-    source, target = Path(source), _vacant(target)
-    changes = {} if dtype is None else {"dtype": dtype}
+    source = Path(source)
     if (prefix := tensorflow_checkpoint.find(source)) is not None:
         config, weights = tensorflow_checkpoint.read(prefix, architecture=architecture)
-        config = AlbertConfig.from_dict(config.to_dict(), **changes)
         vocabulary = tensorflow_checkpoint.vocabulary(prefix)
         files = {} if vocabulary is None else {"spiece.model": vocabulary}
     elif architecture is not None:
@@ -446,12 +459,19 @@ def convert(
     else:
         weights = _distinct(read_state_dict(source))  # before a cast, which would separate what is tied
         directory = source if source.is_dir() else source.parent
-        config = AlbertConfig.from_pretrained(directory, **changes)
+        config = AlbertConfig.from_pretrained(directory)
         files = {name: directory / name for name in (*TOKENIZER_FILES, QUANTIZATION_FILE)}
-    weights = {name: tensor for name, tensor in weights.items() if not _matches(name, BUFFERS)}
-    if dtype is not None:
-        weights = {k: v.to(config.dtype) if v.is_floating_point() else v for k, v in weights.items()}
-    _write_directory(target, config, weights, files, max_shard_size, safe_serialization)
+    return config, {name: tensor for name, tensor in weights.items() if not _matches(name, BUFFERS)}, files
+
+
+def cast(
+    config: AlbertConfig, weights: dict[str, Tensor], dtype: torch.dtype | str | None
+) -> tuple[AlbertConfig, dict[str, Tensor]]:
+    """The floating tensors in `dtype`, which the config then notes; None: the same as they are."""
+    if dtype is None:
+        return config, weights
+    config = replace(config, dtype=dtype)
+    return config, {k: v.to(config.dtype) if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def average(
@@ -469,7 +489,7 @@ def average(
     """
     if len(sources) < 2:
         raise CheckpointError(f"sources has {len(sources)} checkpoints, expected at least two to average")
-    first, target = Path(sources[0]), _vacant(target)
+    first, target = Path(sources[0]), vacant(target)
     config = AlbertConfig.from_pretrained(first)
     weights = _distinct(read_state_dict(first))
     floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
@@ -486,7 +506,7 @@ def average(
                 raise CheckpointError(f"{source} has other whole numbers in {name} than {first}: they have no mean")
     mean = {**weights, **{k: (sums[k] / len(sources)).to(v.dtype) for k, v in floats.items()}}
     files = {name: first / name for name in TOKENIZER_FILES}
-    _write_directory(target, config, mean, files, max_shard_size, True)
+    write_directory(target, config, mean, files, max_shard_size)
 
 
 def _without_versions(config: dict[str, Any]) -> dict[str, Any]:
@@ -509,29 +529,33 @@ def _same(source: object, first: object, where: str, theirs: Mapping[str, object
         raise CheckpointError(f"{source} does not match {first} {where}: " + "; ".join(differ))
 
 
-def _vacant(target: str | os.PathLike[str]) -> Path:
+def vacant(target: str | os.PathLike[str]) -> Path:
+    """`target`, absolute. Raises CheckpointError unless it is an empty directory or does not exist."""
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory: name a new one")
     return target
 
 
-def _write_directory(
+def write_directory(
     target: Path,
     config: AlbertConfig,
     weights: Mapping[str, Tensor],
-    files: Mapping[str, Path],
-    max_shard_size: int | str,
-    safe_serialization: bool,
+    files: Mapping[str, Path | bytes],
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
 ) -> None:
-    """Config, weights and copies of those `files` (by their new names) that exist, made aside and renamed."""
+    """Config, weights and, by their new names, copies of those `files` that exist or what they are to hold; made aside
+    and renamed."""
     staging = _temporary(target)
     try:
         config.save_pretrained(staging)
         write_state_dict(staging, weights, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
-        for name, path in files.items():
-            if path.is_file():
-                shutil.copyfile(path, staging / name)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                (staging / name).write_bytes(content)
+            elif content.is_file():
+                shutil.copyfile(content, staging / name)
         staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -77,6 +77,33 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--force", action="store_true", help="remove the store that is there")
     corpus.set_defaults(run=_corpus)
 
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="train an ALBERT on a token store; called again, it goes on",
+        description="Trains what CONFIG describes. `torchrun --nproc-per-node N -m albert_fast.cli pretrain …` does so "
+        "in several processes.",
+    )
+    pretrain.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a preset: see --keys")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's: batch.size=256")
+    pretrain.add_argument("--keys", action="store_true", help="print the presets and all keys with their defaults")
+    pretrain.add_argument(
+        "--find-batch-size", action="store_true", help="try micro-batches, print what they take, and train nothing"
+    )
+    pretrain.set_defaults(run=_pretrain)
+
+    extend = commands.add_parser("extend", help="lengthen a model's position table by interpolation")
+    extend.add_argument("source", metavar="DIR", help="a Hugging Face directory")
+    extend.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
+    extend.add_argument("--positions", required=True, metavar="N", help="tokens that a row may have then, such as 2048")
+    extend.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; that of the file when not given")
+    extend.set_defaults(run=_extend)
+
+    plot = commands.add_parser("plot", help="the curves of one run or several, side by side")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="directories that `pretrain` has written")
+    plot.add_argument("-o", "--output", required=True, metavar="PNG", help="the picture to make")
+    plot.add_argument("--x", default="tokens", help="tokens, step or seconds (default: %(default)s)")
+    plot.set_defaults(run=_plot)
+
     from albert_fast.bench import arguments
 
     bench = commands.add_parser("bench", help="time this package beside transformers, parity first")
@@ -231,6 +258,34 @@ def _corpus(args: argparse.Namespace) -> int:
         print(f"albert-fast corpus: stopped; the same command goes on with {args.output}", file=sys.stderr)
         return 130
     print(corpus.summary(store))
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from albert_fast.pretraining import config, run
+
+    if args.keys:
+        print(f"presets: {', '.join(config.preset_names())}\n\n{config.describe()}")
+        return 0
+    if args.config is None:
+        raise ValueError(f"CONFIG is missing; a YAML file or a preset was expected: {', '.join(config.preset_names())}")
+    options = config.parse(args.config, args.overrides)
+    return run.find_micro_batch(options) if args.find_batch_size else run.train(options)
+
+
+def _extend(args: argparse.Namespace) -> int:
+    from albert_fast.extend import extend
+
+    extend(args.source, args.output, _positive("--positions", args.positions), dtype=args.dtype)
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from albert_fast.pretraining.plot import plot
+
+    plot(args.runs, args.output, x=args.x)
+    print(f"wrote {args.output}")
     return 0
 
 

@@ -38,20 +38,6 @@ MOST_DEATHS = 3
 # What a stage's process ends with when a peer has left the GPU's context unusable.
 BROKEN = 70
 
-# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by what the device's name holds; the first that fits.
-DATASHEET_TFLOPS = {
-    "H200 NVL": 836.0,
-    "H100 NVL": 836.0,
-    "H100 PCIe": 756.0,
-    "H200": 989.0,
-    "H100": 989.0,
-    "A100": 312.0,
-}
-
-
-def datasheet_tflops(name: str) -> float | None:
-    return next((rate for part, rate in DATASHEET_TFLOPS.items() if part in name), None)
-
 
 @dataclass
 class Row:

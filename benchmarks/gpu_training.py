@@ -2,7 +2,7 @@
 
 Float32 weights under autocast to bfloat16. 32 x 512 full, and 80 rows of up to 512 of which 40 % is real on average:
 transformers computes the padding. The loss and every gradient are checked against float64 first, as in
-`albert-fast bench`. MFU counts each use of the shared layer and real tokens only (`albert_fast.bench.flops`), and is
+`albert-fast bench`. MFU counts each use of the shared layer and real tokens only (`albert_fast.flops`), and is
 held against the data sheet's dense bfloat16 rate and against that of an 8192³ product here. Peak is the most GPU memory
 that the peer's weights, optimizer and step hold together. Who finds no memory beside the others is tried again alone.
 """
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from gpu_attention import FILL, ragged_lengths
 from gpu_models import Apart, Compiled, configuration, make_batch, weights
-from gpu_stage import OURS, Case, Column, Row, Stage, datasheet_tflops
+from gpu_stage import OURS, Case, Column, Row, Stage
 from gpu_timing import held_bytes, matrix_tflops, peak_bytes
 from torch import Tensor
 
 from albert_fast import AlbertConfig
 from albert_fast.bench import parity
 from albert_fast.bench.data import Batch
-from albert_fast.bench.flops import flops
 from albert_fast.bench.formats import FORMATS
 from albert_fast.bench.peers import PEERS, Peer, serving_backends
+from albert_fast.flops import data_sheet, flops
 
 COLUMNS = (
     Column("ms", "milliseconds", "{:,.2f}"),
@@ -136,15 +136,15 @@ class Comparison:
                     trainers[row.peer] = trainer
         functions = {peer: trainer.step for peer, trainer in trainers.items()}
         for peer, one in self.case.interleave("steps", functions, turns=3).items():
-            rate = self.flop / one.median / 1e12
-            best, measured = datasheet_tflops(self.stage.facts["device"]), self.stage.facts["matrix_tflops"]
+            rate = self.flop / one.median
+            best = data_sheet(self.stage.facts["device"], torch.bfloat16)
             self.case.rows[peer].figures |= {
                 "milliseconds": one.median * 1e3,
                 "all_milliseconds": [round(second * 1e3, 3) for second in one.seconds],
                 "tokens_per_second": self.batch.tokens / one.median,
-                "tflops": rate,
+                "tflops": rate / 1e12,
                 "mfu": None if best is None else rate / best,
-                "mfu_of_measured": rate / measured,
+                "mfu_of_measured": rate / 1e12 / self.stage.facts["matrix_tflops"],
                 "alone": len(rows) == 1,
             }
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from albert_fast.bench.worker import peak_resident_bytes
+from albert_fast.memory import peak_resident_bytes
 
 STEP = """
 import sys, torch
-from albert_fast.bench.worker import peak_resident_bytes
+from albert_fast.memory import peak_resident_bytes
 package, batch, seq = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module = __import__(package)
 shape = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)

@@ -105,12 +105,15 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
 
 
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+def assert_close(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4, rounding: float = 1e-6
+) -> None:
+    """Each gradient to `tolerance` of its norm, and where that is nothing but rounding to `rounding` of the largest."""
     assert actual.keys() == expected.keys()
     whole = max(float(tensor.norm()) for tensor in expected.values())
     for name, tensor in expected.items():
         error = float((actual[name] - tensor).norm())
-        assert error <= tolerance * float(tensor.norm()) + 1e-6 * whole, f"{name}: {error}"
+        assert error <= tolerance * float(tensor.norm()) + rounding * whole, f"{name}: {error}"
 
 
 def test_a_model_trains_as_on_the_reference(forced, device, monkeypatch):
@@ -151,13 +154,15 @@ def test_activation_checkpointing(forced, device):
 
 
 def test_autocast(forced, device):
-    model, batch = make_model().to(device), make_batch(device)
+    """With weights so large that the attention is not uniform: the gradients of query and key are above the rounding,
+    a hundredth of the largest and more. Of 100 draws the worst came to an eighth of the bounds below."""
+    model, batch = make_model(initializer_range=0.1).to(device), make_batch(device)
     expected = gradients(model, model(**batch).loss)
     with torch.autocast(device.type, torch.float16):
         loss = model(**batch).loss
     actual = gradients(model, loss)
     assert all(grad.dtype == torch.float32 for grad in actual.values())
-    assert_close(actual, expected, 0.05)
+    assert_close(actual, expected, tolerance=0.02, rounding=1e-4)
 
 
 def test_the_word_table_has_one_gradient(forced, device, monkeypatch):

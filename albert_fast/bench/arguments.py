@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +24,13 @@ PEERS = (
     "openvino",
 )
 
+# What --pretrain measures, in float32.
+PRETRAINING = "pretraining"
+TRAINERS = ("albert_fast", "transformers-trainer")
+
 # [CLS], a token that can be masked, [SEP].
 SHORTEST_ROW = 3
+SHORTEST_PAIR = 8  # of pretraining's examples
 
 Item = TypeVar("Item")
 
@@ -59,9 +64,11 @@ class Options:
     vocab: str | None = None
     text: tuple[str, ...] = ()
     json: str | None = None
+    pretrain: bool = False
 
 
 DEFAULTS = Options()
+_PRETRAINING_SHAPES = (Shape(8, 128), Shape(8, 128, ragged=True))
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +93,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")
     add("--vocab", "a sentencepiece model, or a directory with one", metavar="FILE_OR_DIR")
     add("--text", "UTF-8 text in place of Python's own documentation", nargs="+", metavar="FILE", default=[])
+    parser.add_argument(
+        "--pretrain",
+        action="store_true",
+        help="steps of pretraining, float32, beside transformers' Trainer "
+        f"(default shapes: {joined(_PRETRAINING_SHAPES)})",
+    )
     add("--json", "write the report there as well", metavar="FILE")
     parser.set_defaults(
         shapes=joined(DEFAULTS.shapes),
@@ -111,7 +124,7 @@ def options_from(args: argparse.Namespace) -> Options:
     device, dtypes = _names("--device", args.device, DEVICES)[0], _names("--dtype", args.dtype, DTYPES)
     if device != "cpu" and "int8" in dtypes:
         raise ValueError(f"--dtype has 'int8' and --device is {device!r}; int8 runs on the CPU alone")
-    return Options(
+    options = Options(
         shapes=_list("--shapes", args.shapes, _shape),
         modes=_names("--mode", args.mode, MODES),
         dtypes=dtypes,
@@ -125,7 +138,26 @@ def options_from(args: argparse.Namespace) -> Options:
         vocab=args.vocab,
         text=tuple(args.text),
         json=args.json,
+        pretrain=args.pretrain,
     )
+    return _of_pretraining(options) if options.pretrain else options
+
+
+def _of_pretraining(options: Options) -> Options:
+    for name, given, default in (
+        ("--mode", options.modes, DEFAULTS.modes),
+        ("--dtype", options.dtypes, DEFAULTS.dtypes),
+        ("--compare", options.compare, DEFAULTS.compare),
+    ):
+        if given != default:
+            raise ValueError(
+                f"--pretrain and {name}: at most one of them was expected, steps of training have their own"
+            )
+    shapes = _PRETRAINING_SHAPES if options.shapes == DEFAULTS.shapes else options.shapes
+    for shape in shapes:
+        if shape.length < SHORTEST_PAIR:
+            raise ValueError(f"--shapes has {str(shape)!r}; --pretrain needs rows of at least {SHORTEST_PAIR} tokens")
+    return replace(options, shapes=shapes, modes=(PRETRAINING,), compare=TRAINERS)
 
 
 def _list(name: str, value: str, read: Callable[[str, str], Item]) -> tuple[Item, ...]:

@@ -90,7 +90,7 @@ def _served(operations: dict[str, str]) -> str:
 
 def _title(work: dict[str, Any]) -> str:
     fill = "" if work["fill"] > 0.999 else f", {work['fill']:.0%} real"
-    labels = f", {work['labelled']} labels" if work["mode"] == "training" else ""
+    labels = f", {work['labelled']} labels" if work["mode"] != "inference" else ""
     return f"{work['dtype']} {work['mode']} {work['shape']}{fill}{labels}"
 
 

@@ -1,4 +1,4 @@
-"""`albert-fast bench`: for each dtype, mode and shape, every peer in turn, parity first."""
+"""`albert-fast bench`: for each dtype, mode and shape, every peer in turn, parity first. `pretraining` is a mode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +20,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import albert_fast
-from albert_fast import AlbertConfig, AlbertForMaskedLM
-from albert_fast.bench import parity
-from albert_fast.bench.arguments import CONFIGS, Options, Shape, options_from
+from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.bench import parity, pretraining
+from albert_fast.bench.arguments import CONFIGS, PRETRAINING, Options, Shape, options_from
 from albert_fast.bench.checkout import commit_of
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
-from albert_fast.bench.flops import Operations, floor, flops, matrix_rate
-from albert_fast.bench.formats import FORMATS, name_of
+from albert_fast.bench.formats import FORMATS, Format, name_of
 from albert_fast.bench.peers import PEERS, AlbertFast, serving_backends
 from albert_fast.bench.report import print_report
-from albert_fast.bench.worker import Worker, WorkerError, interleave, median
+from albert_fast.bench.work import Row, Work, time_rows
+from albert_fast.bench.worker import Worker, WorkerError
+from albert_fast.flops import Operations, flops, matrix_rate
 
 _REPEATS = {"cpu": 3, "cuda": 20}
-
-
-@dataclass
-class Row:
-    """One peer at one piece of work.
-
-    Attributes:
-        passed: whether its error is within the limit; None where nothing was computed.
-        reason: why there is no figure.
-        milliseconds: median of the timed calls, `all_milliseconds`.
-        speedup: how many times as fast albert_fast is in the same run; above 1 where it is faster.
-        times_floor: milliseconds over the floor's.
-        peak_bytes: most memory that its process held, or allocated on the GPU.
-    """
-
-    peer: str
-    error: float | None = None
-    limit: float | None = None
-    passed: bool | None = None
-    reason: str | None = None
-    milliseconds: float | None = None
-    all_milliseconds: list[float] | None = None
-    tokens_per_second: float | None = None
-    speedup: float | None = None
-    times_floor: float | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass
-class Work:
-    """What was asked of every peer, and what it needs at least.
-
-    Attributes:
-        gflop: operations that the real tokens need, `attention_gflop` of them products of activations.
-        floor_milliseconds: of them, at the rates of the whole run.
-    """
-
-    mode: str
-    dtype: str
-    shape: str
-    tokens: int
-    fill: float
-    labelled: int
-    gflop: float
-    attention_gflop: float
-    floor_milliseconds: float | None
-    rows: list[Row]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -106,7 +60,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         text = read_text(options.text)
         tokenizer = load_tokenizer(options.vocab or _vocabulary_of(options), text)
         config, state_dict = _model(options, len(tokenizer))
-        batches = {shape: make_batch(tokenizer, text, shape) for shape in options.shapes}
+        make = pretraining.make_batches if options.pretrain else make_batch
+        batches: dict[Shape, Any] = {shape: make(tokenizer, text, shape) for shape in options.shapes}
         _check_lengths(config, options.shapes)
         commit = commit_of(Path(albert_fast.__file__).parent)
         works: list[tuple[Work, Operations]] = []
@@ -118,10 +73,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             # Before and after each work: what follows one precedes the next.
             _probe(dtype, device, rates, say)
             for mode, (shape, batch) in itertools.product(modes, batches.items()):
-                labelled = batch.labelled if mode == "training" else 0
-                operations = flops(config, batch.lengths, mode == "training", labelled)
-                work = _new_work(batch, shape, mode, dtype, operations)
-                _measure(work, options, config, state_dict, batch.to(device), say)
+                if mode == PRETRAINING:
+                    work, operations = _pretrain(options, config, state_dict, batch, shape, say)
+                else:
+                    work, operations = _compute(options, config, state_dict, batch.to(device), shape, mode, dtype, say)
                 works.append((work, operations))
                 _probe(dtype, device, rates, say)
     for work, operations in works:
@@ -143,16 +98,47 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
 
 
-def _measure(
-    work: Work,
+def floor(operations: Operations, numbers: Format, rates: Mapping[torch.dtype, float]) -> float:
+    """Seconds that the operations need at least, at the matrix rate of the numbers that they are done in.
+
+    In int8 only the products with weights are: attention counts at bfloat16's rate.
+    """
+    return operations.products / rates[numbers.products] + operations.attention / rates[numbers.attention]
+
+
+def _pretrain(
+    options: Options,
+    config: AlbertConfig,
+    state_dict: dict[str, Tensor],
+    batches: Sequence[pretraining.Batch],
+    shape: Shape,
+    say: Callable[[str], None],
+) -> tuple[Work, Operations]:
+    """Steps of the training loops; the work is that of one step, the mean of the batches."""
+    lengths, labelled, count = pretraining.lengths(batches), pretraining.labelled(batches), len(batches)
+    total = flops(config, lengths, True, labelled)
+    operations = Operations(total.products // count, total.attention // count)
+    fill = sum(lengths) / (len(lengths) * shape.length)
+    work = _new_work(shape, PRETRAINING, "float32", operations, sum(lengths) // count, fill, labelled // count)
+    device = torch.device(options.device)
+    repeats = options.repeats or _REPEATS[device.type]
+    pretraining.compare(work, config, state_dict, batches, device, repeats, say)
+    return work, operations
+
+
+def _compute(
     options: Options,
     config: AlbertConfig,
     state_dict: dict[str, Tensor],
     batch: Batch,
+    shape: Shape,
+    mode: str,
+    dtype: str,
     say: Callable[[str], None],
-) -> None:
-    """Fills in the rows of `work`."""
-    title = f"{work.dtype} {work.mode} {work.shape}"
+) -> tuple[Work, Operations]:
+    """One batch through every peer's model."""
+    operations = flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
+    work = _new_work(shape, mode, dtype, operations, batch.tokens, batch.fill, batch.labelled)
     device = batch.input_ids.device
     with contextlib.ExitStack() as stack:
         # The processes begin while the oracle is computed.
@@ -163,13 +149,13 @@ def _measure(
             if row.reason is None:
                 workers[name] = Worker(name, config, state_dict, batch, work.mode, work.dtype)
                 stack.callback(workers[name].close)
-        say(f"{title}: the oracle, in float64")
+        say(f"{work.title}: the oracle, in float64")
         expected = parity.oracle(config, state_dict, batch, work.mode)
         ours, theirs = parity.limits(config, state_dict, batch, work.mode, work.dtype, expected)
         for row in work.rows:
             if row.peer not in workers:
                 continue
-            say(f"{title}: parity of {row.peer}")
+            say(f"{work.title}: parity of {row.peer}")
             row.limit = ours if issubclass(PEERS[row.peer], AlbertFast) else theirs
             try:
                 row.error = parity.error(workers[row.peer].results(), expected)
@@ -182,18 +168,8 @@ def _measure(
                 workers.pop(row.peer).close()
         del expected
 
-        repeats = options.repeats or _REPEATS[device.type]
-        seconds = interleave(workers, repeats, lambda name: say(f"{title}: timing {name}"))
-        fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None
-        for row in work.rows:
-            if row.peer not in seconds:
-                continue
-            middle = median(seconds[row.peer])
-            row.milliseconds = middle * 1e3
-            row.all_milliseconds = [second * 1e3 for second in seconds[row.peer]]
-            row.tokens_per_second = work.tokens / middle
-            row.speedup = middle / fastest if fastest is not None else None
-            row.peak_bytes = workers[row.peer].peak_bytes()
+        time_rows(work, workers, options.repeats or _REPEATS[device.type], say)
+    return work, operations
 
 
 def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
@@ -203,26 +179,30 @@ def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], sa
         rates[numbers] = max(rates.get(numbers, 0.0), matrix_rate(numbers, device))
 
 
-def _new_work(batch: Batch, shape: Shape, mode: str, dtype: str, operations: Operations) -> Work:
+def _new_work(
+    shape: Shape, mode: str, dtype: str, operations: Operations, tokens: int, fill: float, labelled: int
+) -> Work:
     gflop, attention_gflop = operations.total / 1e9, operations.attention / 1e9
-    return Work(mode, dtype, str(shape), batch.tokens, batch.fill, batch.labelled, gflop, attention_gflop, None, [])
+    return Work(mode, dtype, str(shape), tokens, fill, labelled, gflop, attention_gflop, None, [])
 
 
 def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
     """The configuration, without dropout (masks that are drawn differently have no parity), and weights."""
+    kind: Any = AlbertForPreTraining if options.pretrain else AlbertForMaskedLM
     if options.model is not None:
-        model = AlbertForMaskedLM.from_pretrained(options.model, dtype=torch.float32)
+        model = kind.from_pretrained(options.model, dtype=torch.float32)
     else:
         named = options.config in CONFIGS
         config = getattr(AlbertConfig, options.config)() if named else AlbertConfig.from_json_file(options.config)
         layers = options.layers or config.num_hidden_layers
         torch.manual_seed(0)
-        model = AlbertForMaskedLM(replace(config, num_hidden_layers=layers))
+        model = kind(replace(config, num_hidden_layers=layers))
     config = replace(
         model.config,
         num_hidden_layers=options.layers or model.config.num_hidden_layers,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        classifier_dropout_prob=0.0,
     )
     if vocab_size > config.vocab_size:
         raise ValueError(

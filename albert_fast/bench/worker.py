@@ -28,6 +28,7 @@ from albert_fast.bench.data import Batch
 from albert_fast.bench.parity import Results, results
 from albert_fast.bench.peers import PEERS, call
 from albert_fast.config import AlbertConfig
+from albert_fast.memory import peak_resident_bytes
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,46 +36,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not tell.
-
-    On Linux that is VmHWM: getrusage's figure survives exec, so that a child would begin with its parent's.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        return None if line is None else int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class WorkerError(RuntimeError):
     """A peer's process failed; with the last line that it wrote."""
 
 
-class Worker:
-    """A process that has built a peer and waits for orders."""
+class Process:
+    """A process that has built a peer and waits for orders.
 
-    def __init__(
-        self, peer: str, config: AlbertConfig, state_dict: Mapping[str, Tensor], batch: Batch, mode: str, dtype: str
-    ) -> None:
+    It is `python -m MODULE DIRECTORY`; the directory has `request`, what it is to know, as `request.pt`.
+    """
+
+    def __init__(self, peer: str, module: str, request: Mapping[str, Any]) -> None:
         self.peer = peer
         self._directory = tempfile.TemporaryDirectory()
-        request = {
-            "peer": peer,
-            "config": config.to_dict(),
-            "state_dict": dict(state_dict),
-            "batch": asdict(batch),
-            "mode": mode,
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-        }
-        torch.save(request, self._file("request.pt"))
+        torch.save({**request, "peer": peer, "threads": torch.get_num_threads()}, self._file("request.pt"))
         self._errors = open(self._file("errors"), "w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "albert_fast.bench.worker", self._directory.name]
+        command = [sys.executable, "-m", module, self._directory.name]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
 
@@ -97,11 +74,6 @@ class Worker:
             raise WorkerError(f"{self.peer} failed: {last}")
         return json.loads(answer)
 
-    def results(self) -> Results:
-        """What the call computes; builds the peer first."""
-        self._ask("results")
-        return torch.load(self._file("results.pt"), weights_only=True, map_location="cpu")
-
     def seconds(self) -> float:
         """The time of one call (`time_call`)."""
         return self._ask("call")
@@ -120,8 +92,29 @@ class Worker:
         self._directory.cleanup()
 
 
+class Worker(Process):
+    """The process of a peer that computes one batch, again and again."""
+
+    def __init__(
+        self, peer: str, config: AlbertConfig, state_dict: Mapping[str, Tensor], batch: Batch, mode: str, dtype: str
+    ) -> None:
+        request = {
+            "config": config.to_dict(),
+            "state_dict": dict(state_dict),
+            "batch": asdict(batch),
+            "mode": mode,
+            "dtype": dtype,
+        }
+        super().__init__(peer, "albert_fast.bench.worker", request)
+
+    def results(self) -> Results:
+        """What the call computes; builds the peer first."""
+        self._ask("results")
+        return torch.load(self._file("results.pt"), weights_only=True, map_location="cpu")
+
+
 def interleave(
-    workers: Mapping[str, Worker], repeats: int, progress: Callable[[str], None] = lambda name: None
+    workers: Mapping[str, Process], repeats: int, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[float]]:
     """Seconds of each worker's call, `repeats` of them by name. Their results were asked for before: that warmed up."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -140,7 +133,7 @@ def median(seconds: list[float]) -> float:
 
 
 # Short calls are repeated for so long, in seconds.
-_TURN = 0.5
+TURN = 0.5
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
@@ -154,8 +147,8 @@ def time_call(function: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         return time.perf_counter() - start
 
-    first, end = once(), time.perf_counter() + _TURN
-    if first > _TURN:
+    first, end = once(), time.perf_counter() + TURN
+    if first > TURN:
         return first
     repeated = [once()]
     while time.perf_counter() < end:
@@ -163,27 +156,37 @@ def time_call(function: Callable[[], object], device: torch.device) -> float:
     return median(repeated)
 
 
-def main(directory: str) -> None:
+def read_request(directory: str) -> tuple[dict[str, Any], Callable[[object], None]]:
+    """What the process is to know, and how it answers an order."""
     # Answers go where nobody else writes: exporters and compilers print.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = torch.load(Path(directory) / "request.pt", weights_only=True)
     torch.set_num_threads(request["threads"])
+
+    def answer(value: object) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    return request, answer
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+
+def main(directory: str) -> None:
+    request, answer = read_request(directory)
     batch, mode = Batch(**request["batch"]), request["mode"]
     device = batch.input_ids.device
     peer = PEERS[request["peer"]]()
     peer.build(AlbertConfig.from_dict(request["config"]), request.pop("state_dict"), request["dtype"], device, batch)
     for order in sys.stdin:
-        answer: object = None
         if order == "results\n":
             torch.save(results(peer, batch, mode), Path(directory) / "results.pt")
-        elif order == "call\n":
-            answer = time_call(lambda: call(peer, batch, mode), device)
+            answer(None)
         else:
-            on_gpu = device.type == "cuda"
-            answer = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident_bytes()
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            answer(time_call(lambda: call(peer, batch, mode), device) if order == "call\n" else peak_bytes(device))
 
 
 if __name__ == "__main__":

@@ -374,23 +374,27 @@ class Batches(Dataset[Batch]):
 
     Args:
         batch_size: rows of the global batch, a multiple of `ranks`.
+        first: the example of the epoch that the first batch begins with.
 
     Raises:
         ValueError: an argument does not fit, or there are fewer examples than a batch has.
     """
 
-    def __init__(self, examples: Examples, epoch: int, batch_size: int, *, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, examples: Examples, epoch: int, batch_size: int, *, rank: int = 0, ranks: int = 1, first: int = 0
+    ) -> None:
         check(ranks >= 1 and 0 <= rank < ranks, f"rank is {rank} of {ranks} ranks; 0 to {ranks - 1} was expected")
         check(
             batch_size >= 1 and batch_size % ranks == 0,
             f"batch_size is {batch_size}; a multiple of the {ranks} ranks was expected, each has as many rows",
         )
         self.examples, self.epoch, self.batch_size, self.rank, self.ranks = examples, epoch, batch_size, rank, ranks
-        self.steps = examples.size(epoch) // batch_size
+        size = examples.size(epoch)
+        check(0 <= first <= size, f"first is {first}; 0 to {size} was expected, the examples of the epoch")
+        self.first, self.steps = first, (size - first) // batch_size
         check(
-            self.steps > 0,
-            f"batch_size is {batch_size} and epoch {epoch} has {examples.size(epoch)} examples: lower it or give more "
-            "text",
+            size >= batch_size,
+            f"batch_size is {batch_size} and epoch {epoch} has {size} examples: lower it or give more text",
         )
 
     def __len__(self) -> int:
@@ -399,7 +403,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.steps:
             raise IndexError(f"step is {step}; epoch {self.epoch} has {self.steps}")
-        start = step * self.batch_size
+        start = self.first + step * self.batch_size
         return self.examples.batch(self.epoch, range(start + self.rank, start + self.batch_size, self.ranks))
 
     def loader(self, step: int = 0, *, workers: int = 0, pin_memory: bool = False, **options: Any) -> DataLoader[Batch]:

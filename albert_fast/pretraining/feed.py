@@ -1,0 +1,130 @@
+"""Where a run is in its text, and the rows of its next step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from albert_fast.ops.checks import check
+from albert_fast.pretraining.config import DataOptions, PretrainConfig
+from albert_fast.pretraining.examples import Batch, Batches, Examples
+from albert_fast.pretraining.glossary import Glossary, read_glossary
+from albert_fast.pretraining.masking import Vocabulary
+from albert_fast.pretraining.schedules import LengthStages
+from albert_fast.pretraining.store import TokenStore
+from albert_fast.tokenizer import AlbertTokenizer
+
+HELD_OUT_SEED = 0  # of held-out examples, so that runs of other seeds are compared on the same ones
+
+
+class Corpus:
+    """The text of a run, opened: what is trained on, what is held out, and the vocabulary.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+
+    def __init__(self, data: DataOptions) -> None:
+        store = TokenStore.open(data.train)
+        vocab = Path(data.vocab or data.train)
+        self.tokenizer = AlbertTokenizer(vocab) if vocab.is_file() else AlbertTokenizer.from_pretrained(vocab)
+        letters = {} if data.letters is None else {"letters": data.letters}
+        self.vocabulary = Vocabulary.from_tokenizer(self.tokenizer, **letters)
+        self.glossary: Glossary | None = None
+        if data.glossary is not None:
+            self.glossary = Glossary.encode(read_glossary(data.glossary), self.tokenizer)
+        cut = len(store) - data.dev_documents
+        check(
+            cut > 0,
+            f"data.dev_documents is {data.dev_documents} and the store has {len(store)} documents: none is left to "
+            "train on",
+        )
+        self.train = store.part(0, cut) if data.dev_documents else store
+        self.held_out = store.part(cut, len(store)) if data.dev_documents else None
+        if data.dev is not None:
+            self.held_out = TokenStore.open(data.dev)
+
+
+class Feed:
+    """The rows of each step, in order, in micro-batches of one rank.
+
+    The position is kept in rows of all ranks together, so that another number of ranks goes on with the same rows.
+
+    Attributes:
+        stage: number of the length stage; a new one begins with a new epoch.
+        epoch, row: the next step begins with this row.
+        tokens: given out so far, on all ranks.
+    """
+
+    def __init__(self, corpus: Corpus, config: PretrainConfig, *, rank: int = 0, ranks: int = 1) -> None:
+        self.corpus, self.config, self.rank, self.ranks = corpus, config, rank, ranks
+        self.lengths: LengthStages = config.stages
+        self.stage = self.epoch = self.row = self.tokens = 0
+        self.examples = self._examples(corpus.train, config.seed)
+        self._rest: Iterator[Batch] | None = None  # of the epoch, from `row` on
+        self._micro = 0  # rows of the micro-batches in it, of all ranks
+
+    @property
+    def length(self) -> int:
+        return self.lengths.stages[self.stage][1]
+
+    def held_out(self) -> Examples | None:
+        """Examples of the held-out text, of the present length."""
+        store = self.corpus.held_out
+        return None if store is None else self._examples(store, HELD_OUT_SEED)
+
+    def take(self, progress: float, rows: int, micro: int) -> list[Batch]:
+        """The next `rows` rows, this rank's, in micro-batches of `micro` rows. `done` must follow, or they come again.
+
+        Raises:
+            ValueError: an epoch has fewer.
+        """
+        stage = self.lengths.index(progress)
+        if stage != self.stage:
+            self.stage, self.examples = stage, self._examples(self.corpus.train, self.config.seed, stage)
+            self._next_epoch()
+        if self.row + rows > self.examples.size(self.epoch):
+            check(
+                self.row > 0 or self.examples.size(self.epoch + 1) >= rows,
+                f"batch.size is {rows} and an epoch has {self.examples.size(self.epoch)} examples: lower it, or give "
+                "more text",
+            )
+            self._next_epoch()
+        if self._rest is None or self._micro != micro * self.ranks:
+            self._micro = micro * self.ranks
+            batches = Batches(self.examples, self.epoch, self._micro, rank=self.rank, ranks=self.ranks, first=self.row)
+            self._rest = iter(batches.loader(workers=self.config.data.workers))
+        return list(itertools.islice(self._rest, rows // self._micro))
+
+    def done(self, rows: int, tokens: int) -> None:
+        """The rows that were taken are trained on; they had so many tokens on all ranks."""
+        self.row += rows
+        self.tokens += tokens
+
+    def give_back(self) -> None:
+        """What was taken was not trained on: it comes again."""
+        self._rest = None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"stage": self.stage, "epoch": self.epoch, "row": self.row, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.stage, self.epoch, self.row, self.tokens = (state[key] for key in ("stage", "epoch", "row", "tokens"))
+        check(
+            self.stage < len(self.lengths.stages),
+            f"batch.stages has {len(self.lengths.stages)} stages and the run is in number {self.stage + 1}: only "
+            "later ones can be changed",
+        )
+        self.examples = self._examples(self.corpus.train, self.config.seed, self.stage)
+        self._rest = None
+
+    def _next_epoch(self) -> None:
+        self.epoch, self.row, self._rest = self.epoch + 1, 0, None
+
+    def _examples(self, store: TokenStore, seed: int, stage: int | None = None) -> Examples:
+        _, length = self.lengths.stages[self.stage if stage is None else stage]
+        corpus, options = self.corpus, self.config.examples_of(length)
+        glossary: Any = corpus.glossary
+        return Examples(store, corpus.vocabulary, options, seed=seed, glossary=glossary)
