@@ -97,6 +97,8 @@ class ModelOptions:
         overrides: fields of AlbertConfig, such as {num_hidden_layers: 4}.
         start_from: a checkpoint directory to go on from in place of random weights; its config.json counts then.
         recompute: none, ffn or layer: what backward computes again in place of keeping it.
+        unigram_bias: the bias of a new model's scores begins as the logarithm of each piece's frequency: it starts as
+            the unigram model, which would otherwise take the first million tokens or so to learn.
     """
 
     shape: str = "base"
@@ -104,6 +106,7 @@ class ModelOptions:
     overrides: dict[str, Any] = field(default_factory=dict)
     start_from: str | None = None
     recompute: str = "none"
+    unigram_bias: bool = False
 
     def __post_init__(self) -> None:
         _one_of("model.recompute", self.recompute, RECOMPUTE)

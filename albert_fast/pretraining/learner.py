@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from albert_fast.checkpoint import write_state_dict
 from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.ops.checks import check
 from albert_fast.pretraining import parallel
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.feed import Corpus
@@ -42,10 +43,15 @@ class Learner:
         else:
             kind: Any = AlbertForPreTraining if second_task else AlbertForMaskedLM
             self.model = kind.from_pretrained(options.start_from, config=shape, dtype=torch.float32)
+            check(not options.unigram_bias, "model.unigram_bias is for a new model, and model.start_from is given")
+        unigram = unigram_losses(corpus.train)
+        if options.unigram_bias:
+            with torch.no_grad():
+                self.model.predictions.bias.copy_(-unigram)
         self.model.set_recompute(options.recompute)
         self.model.to(world.device).train()
         self.config, self.tokenizer = self.model.config, corpus.tokenizer
-        unigram = unigram_losses(corpus.train).to(world.device)
+        unigram = unigram.to(world.device)
         engine, mask_id = config.parallel.engine, corpus.vocabulary.mask_id
         self.average: AveragedModel | None = None
         losses = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}

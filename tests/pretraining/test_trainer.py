@@ -82,6 +82,14 @@ def test_it_learns(make_config):
     assert log[-1]["seconds_left"] == 0
 
 
+def test_a_run_that_begins_as_the_unigram_model(make_config):
+    """But for what the small first weights add at random."""
+    config = make_config("model.unigram_bias=true", "schedule.steps=1", "batch.size=64")
+    train(config)
+    assert abs(records(config)[0]["below_unigram"]) < 0.5
+    assert records(config)[0]["unigram_loss"] < 4.5  # of 100 pieces, log(100) would be 4.6
+
+
 def test_what_a_run_leaves(make_config):
     config = make_config("save.keep=2", "optimizer.ema=0.5")
     train(config)
