@@ -71,25 +71,28 @@ def test_every_backend_rounds_alike(backend, isa, ids, monkeypatch):
 
 @pytest.mark.parametrize("backend", available())
 def test_biases_are_corrected_in_each_pass(backend, ids, monkeypatch):
-    """Each pass by its own means, each layer by its own weights: on every backend."""
-    shape = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
-    model = AlbertModel(AlbertConfig(**{**SHAPE, **shape})).eval()
+    """Each pass by its own means, each layer by its own weights: on every backend. On average over four models: in how
+    much of the error is in the means one differs from the next."""
     monkeypatch.setenv("ALBERT_FAST_BACKEND", backend)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("orm.bias"):  # inputs with a mean, as in a model that was trained
-                parameter.normal_()
-        expected = model(ids).last_hidden_state
-        model.quantize(calibration=PackedBatch.from_padded(torch.randint(5, 300, (8, 40))))
-        means = model.encoder.input_means
-        corrected = model(ids).last_hidden_state
-        model.encoder.input_means = None
-        plain = model(ids).last_hidden_state
-        model.encoder.input_means = means.flip(0)
-        wrong_passes = model(ids).last_hidden_state
-    assert means.shape == (8, 3 * 64 + 128)
-    assert relative_error(corrected, expected) < 0.8 * relative_error(plain, expected)
-    assert relative_error(wrong_passes, expected) > 1.1 * relative_error(corrected, expected)
+    shape = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
+    corrected = plain = wrong_passes = 0.0
+    for _ in range(4):
+        model = AlbertModel(AlbertConfig(**{**SHAPE, **shape})).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("orm.bias"):  # inputs with a mean, as in a model that was trained
+                    parameter.normal_()
+            expected = model(ids).last_hidden_state
+            model.quantize(calibration=PackedBatch.from_padded(torch.randint(5, 300, (8, 40))))
+            means = model.encoder.input_means
+            assert means.shape == (8, 3 * 64 + 128)
+            corrected += relative_error(model(ids).last_hidden_state, expected)
+            model.encoder.input_means = None
+            plain += relative_error(model(ids).last_hidden_state, expected)
+            model.encoder.input_means = means.flip(0)
+            wrong_passes += relative_error(model(ids).last_hidden_state, expected)
+    assert corrected < 0.8 * plain
+    assert wrong_passes > 1.1 * corrected
 
 
 def test_calibration(model, ids):

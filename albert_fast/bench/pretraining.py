@@ -235,9 +235,7 @@ def train_ours(
     model.load_state_dict(state_dict)
     objective = Objective(model, torch.zeros(config.vocab_size, device=device), mask_id=4)
     groups = parameter_groups(model, WEIGHT_DECAY)
-    optimizer = Lamb(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, bias_correction=True)
-    for group in optimizer.param_groups:
-        group["adapt"] = False
+    optimizer = Lamb(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, bias_correction=True, adapt=False)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moved = [batch.to(device) for batch in batches]
     while True:

@@ -358,6 +358,8 @@ class PretrainConfig:
         device: cpu, cuda …; None: a GPU where there is one.
         precision: float32, or bfloat16 by autocast (float32 weights).
         label_smoothing, z_loss: of the masked-LM loss.
+        sentence_order_weight: of the second task's gradient. 1 is the original's, whose batches have 4096 rows; of few
+            rows that gradient is mostly noise, and larger than the masked-LM loss's.
     """
 
     output: str = ""
@@ -366,6 +368,7 @@ class PretrainConfig:
     precision: str = "float32"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    sentence_order_weight: float = 1.0
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     examples: ExampleOptions = field(default_factory=ExampleOptions)
@@ -380,6 +383,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
+        _at_least("sentence_order_weight", self.sentence_order_weight, 0)
 
     def check_complete(self) -> None:
         """Raises ValueError where something has no value yet that has no default."""

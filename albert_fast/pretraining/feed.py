@@ -76,7 +76,8 @@ class Feed:
         return None if store is None else self._examples(store, HELD_OUT_SEED)
 
     def take(self, progress: float, rows: int, micro: int) -> list[Batch]:
-        """The next `rows` rows, this rank's, in micro-batches of `micro` rows. `done` must follow, or they come again.
+        """The next `rows` rows, this rank's, in micro-batches of `micro` rows. `done` or `give_back` has to
+        follow.
 
         Raises:
             ValueError: an epoch has fewer.

@@ -72,11 +72,9 @@ class Learner:
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             bias_correction=config.optimizer.bias_correction,
+            adapt=config.optimizer.name == "lamb",
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if config.optimizer.name == "adamw":
-            for group in self.optimizer.param_groups:
-                group["adapt"] = False
 
     def update(self, learning_rate: float) -> None:
         """One step with the gradients that are there."""

@@ -44,7 +44,8 @@ class Sums(NamedTuple):
 
 
 class Means(NamedTuple):
-    """What the sums of a step or of an evaluation come to; losses in nats, `loss` is their total.
+    """What the sums of a step or of an evaluation come to; losses in nats, `loss` is their
+    total, whatever their weights.
 
     A tenth of the labelled tokens are shown as they are, and a model that has learned to copy them alone is about half
     a nat below the unigram model. What it has learned of contexts shows at the masks: `loss_at_masks`.

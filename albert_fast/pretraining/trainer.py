@@ -181,8 +181,9 @@ class Trainer:
         world, device = self.world, self.world.device
         sizes = [sum(_labels(batch) for batch in batches), sum(batch.rows for batch in batches)]
         of_all = world.sum(torch.tensor(sizes, dtype=torch.float64, device=device))
+        weights = of_all.new_tensor([1.0, self.config.sentence_order_weight])
         # parallelize() takes the mean over the ranks.
-        factors = (world.data_ranks / of_all.clamp(min=1)).float()
+        factors = (world.data_ranks * weights / of_all.clamp(min=1)).float()
         losses, counts = (torch.zeros(size, dtype=torch.float64, device=device) for size in (2, COUNTS))
         self.learner.optimizer.zero_grad()
         for number, batch in enumerate(batches):

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Iterable
 from ctypes import c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,16 @@ def check(lib: ctypes.CDLL, case: Case, dtype: torch.dtype, threads: int = 2) ->
     assert_as_accurate_as(*compared(lib, case, dtype, threads), dtype)
 
 
+def check_together(lib: ctypes.CDLL, cases: Iterable[Case], dtype: torch.dtype, threads: int = 2) -> None:
+    """One draw's error says little where PyTorch's may happen to be next to none: these are judged as one."""
+    draws = [compared(lib, case, dtype, threads) for case in cases]
+    of_all = (
+        [torch.cat([t.flatten() for t in same]) for same in zip(*kind, strict=True)]
+        for kind in zip(*draws, strict=True)
+    )
+    assert_as_accurate_as(*of_all, dtype)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "groups": {"num_layers": 3, "num_groups": 2, "inner_group_num": 2},
@@ -317,9 +328,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(lib, variant, dtype):
-    lengths = [*random.choices(range(1, 70), k=3), 0, 40]
-    random.shuffle(lengths)
-    check(lib, Case(lengths, **VARIANTS[variant]), dtype)
+    def case() -> Case:
+        lengths = [*random.choices(range(1, 70), k=3), 0, 40]
+        random.shuffle(lengths)
+        return Case(lengths, **VARIANTS[variant])
+
+    # Rounding to bfloat16 moves some numbers over relu's corner, which changes their gradient by all of it.
+    draws = 4 if variant == "relu" and dtype == torch.bfloat16 else 1
+    check_together(lib, (case() for _ in range(draws)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -337,13 +353,8 @@ def test_more_tokens_than_a_part_of_the_feed_forward_half(library, recompute):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_sizes(lib, dtype):
     for lengths, hidden, inner, heads in [([2, 9], 5, 3, 1), ([1, 33], 51, 70, 3), ([15], 48, 17, 2)]:
-        # Gradients of a few numbers: one draw's error says little, for PyTorch's may happen to be next to none.
-        draws = [compared(lib, Case(lengths, hidden, inner, heads), dtype, threads=3) for _ in range(4)]
-        of_all = (
-            [torch.cat([t.flatten() for t in same]) for same in zip(*kind, strict=True)]
-            for kind in zip(*draws, strict=True)
-        )
-        assert_as_accurate_as(*of_all, dtype)
+        # Gradients of a few numbers.
+        check_together(lib, (Case(lengths, hidden, inner, heads) for _ in range(4)), dtype, threads=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
