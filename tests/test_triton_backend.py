@@ -155,14 +155,14 @@ def test_activation_checkpointing(forced, device):
 
 def test_autocast(forced, device):
     """With weights so large that the attention is not uniform: the gradients of query and key are above the rounding,
-    a hundredth of the largest and more. Of 100 draws the worst came to an eighth of the bounds below."""
+    a hundredth of the largest and more. Of 100 draws the worst came to a quarter of the bounds below."""
     model, batch = make_model(initializer_range=0.1).to(device), make_batch(device)
     expected = gradients(model, model(**batch).loss)
     with torch.autocast(device.type, torch.float16):
         loss = model(**batch).loss
     actual = gradients(model, loss)
     assert all(grad.dtype == torch.float32 for grad in actual.values())
-    assert_close(actual, expected, tolerance=0.02, rounding=1e-4)
+    assert_close(actual, expected, tolerance=0.01, rounding=1e-4)
 
 
 def test_the_word_table_has_one_gradient(forced, device, monkeypatch):

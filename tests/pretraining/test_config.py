@@ -15,13 +15,13 @@ NEEDED = ["output=runs/x", "data.train=store"]
 
 def test_the_presets_are_the_released_models():
     released = {f"{shape}-v{version}" for shape in ("base", "large", "xlarge", "xxlarge") for version in (1, 2)}
-    assert set(config.preset_names()) == released | {"tiny"}
+    assert set(config.preset_names()) == released | {"tiny", "small"}
     for name in config.preset_names():
         options = parse(name, NEEDED)
         options.check_complete()
         shape = options.model.build(30000)
-        if name == "tiny":
-            assert (shape.hidden_size, shape.num_hidden_layers) == (256, 4)
+        if name in ("tiny", "small"):
+            assert (shape.hidden_size, shape.num_hidden_layers) == {"tiny": (128, 2), "small": (256, 4)}[name]
             continue
         named, version = name.split("-v")
         assert shape == getattr(AlbertConfig, named)(int(version))

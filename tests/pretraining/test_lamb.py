@@ -372,5 +372,6 @@ def two_processes(rank, folder):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # test_parallel.py does five steps of all engines
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
