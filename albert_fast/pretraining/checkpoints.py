@@ -137,16 +137,15 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor], world: World) -> 
     Raises:
         ValueError: the checkpoint is damaged, or of another model.
     """
-    shapes = dcp.FileSystemReader(checkpoint / TENSORS).read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        found = getattr(shapes.get(name), "size", None)
-        expected = None if found is None else list(found)
-        check(
-            expected == list(tensor.shape),
-            f"{checkpoint} has {name} of shape {expected}, and the model's is {list(tensor.shape)}: it is another "
-            "model's. Choose another output",
-        )
     try:
+        shapes = dcp.FileSystemReader(checkpoint / TENSORS).read_metadata().state_dict_metadata
+        for name, tensor in tensors.items():
+            found = list(getattr(shapes.get(name), "size", ()))
+            check(
+                found == list(tensor.shape) and name in shapes,
+                f"{checkpoint} has {name} of shape {found if name in shapes else None}, and the model's is "
+                f"{list(tensor.shape)}: it is another model's. Choose another output",
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, checkpoint_id=checkpoint / TENSORS, no_dist=world.size == 1)

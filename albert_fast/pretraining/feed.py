@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from albert_fast.ops.checks import check
 from albert_fast.pretraining.config import DataOptions, PretrainConfig
@@ -56,24 +55,20 @@ class Feed:
         stage: number of the length stage; a new one begins with a new epoch.
         epoch, row: the next step begins with this row.
         tokens: given out so far, on all ranks.
+        examples, held_out: of the stage's length, to train on and to evaluate on (None: nothing is held out).
     """
 
     def __init__(self, corpus: Corpus, config: PretrainConfig, *, rank: int = 0, ranks: int = 1) -> None:
         self.corpus, self.config, self.rank, self.ranks = corpus, config, rank, ranks
         self.lengths: LengthStages = config.stages
-        self.stage = self.epoch = self.row = self.tokens = 0
-        self.examples = self._examples(corpus.train, config.seed)
+        self.epoch = self.row = self.tokens = 0
+        self._enter(0)
         self._rest: Iterator[Batch] | None = None  # of the epoch, from `row` on
         self._micro = 0  # rows of the micro-batches in it, of all ranks
 
     @property
     def length(self) -> int:
         return self.lengths.stages[self.stage][1]
-
-    def held_out(self) -> Examples | None:
-        """Examples of the held-out text, of the present length."""
-        store = self.corpus.held_out
-        return None if store is None else self._examples(store, HELD_OUT_SEED)
 
     def take(self, progress: float, rows: int, micro: int) -> list[Batch]:
         """The next `rows` rows, this rank's, in micro-batches of `micro` rows. `done` or `give_back` has to
@@ -84,15 +79,12 @@ class Feed:
         """
         stage = self.lengths.index(progress)
         if stage != self.stage:
-            self.stage, self.examples = stage, self._examples(self.corpus.train, self.config.seed, stage)
+            self._enter(stage)
             self._next_epoch()
         if self.row + rows > self.examples.size(self.epoch):
-            check(
-                self.row > 0 or self.examples.size(self.epoch + 1) >= rows,
-                f"batch.size is {rows} and an epoch has {self.examples.size(self.epoch)} examples: lower it, or give "
-                "more text",
-            )
             self._next_epoch()
+            size = self.examples.size(self.epoch)
+            check(size >= rows, f"batch.size is {rows} and an epoch has {size} examples: lower it, or give more text")
         if self._rest is None or self._micro != micro * self.ranks:
             self._micro = micro * self.ranks
             batches = Batches(self.examples, self.epoch, self._micro, rank=self.rank, ranks=self.ranks, first=self.row)
@@ -112,20 +104,24 @@ class Feed:
         return {"stage": self.stage, "epoch": self.epoch, "row": self.row, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.stage, self.epoch, self.row, self.tokens = (state[key] for key in ("stage", "epoch", "row", "tokens"))
+        stage, self.epoch, self.row, self.tokens = (state[key] for key in ("stage", "epoch", "row", "tokens"))
         check(
-            self.stage < len(self.lengths.stages),
-            f"batch.stages has {len(self.lengths.stages)} stages and the run is in number {self.stage + 1}: only "
-            "later ones can be changed",
+            stage < len(self.lengths.stages),
+            f"batch.stages has {len(self.lengths.stages)} stages and the run is in number {stage + 1}: only later ones "
+            "can be changed",
         )
-        self.examples = self._examples(self.corpus.train, self.config.seed, self.stage)
+        self._enter(stage)
         self._rest = None
 
     def _next_epoch(self) -> None:
         self.epoch, self.row, self._rest = self.epoch + 1, 0, None
 
-    def _examples(self, store: TokenStore, seed: int, stage: int | None = None) -> Examples:
-        _, length = self.lengths.stages[self.stage if stage is None else stage]
-        corpus, options = self.corpus, self.config.examples_of(length)
-        glossary: Any = corpus.glossary
-        return Examples(store, corpus.vocabulary, options, seed=seed, glossary=glossary)
+    def _enter(self, stage: int) -> None:
+        self.stage = stage
+        train, held_out = self.corpus.train, self.corpus.held_out
+        self.examples = self._examples(train, self.config.seed)
+        self.held_out = None if held_out is None else self._examples(held_out, HELD_OUT_SEED)
+
+    def _examples(self, store: TokenStore, seed: int) -> Examples:
+        options = self.config.examples_of(self.length)
+        return Examples(store, self.corpus.vocabulary, options, seed=seed, glossary=self.corpus.glossary)

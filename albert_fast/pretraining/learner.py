@@ -35,7 +35,7 @@ class Learner:
     """
 
     def __init__(self, config: PretrainConfig, corpus: Corpus, world: parallel.World) -> None:
-        options, second_task = config.model, config.examples.order != "none"
+        options, second_task = config.model, config.examples.has_second_task
         shape = options.build(corpus.train.vocab_size)
         self.model: AlbertForPreTraining | AlbertForMaskedLM
         if options.start_from is None:
@@ -88,7 +88,7 @@ class Learner:
         """All that a checkpoint has of tensors, by name; this rank's parts of those that are divided."""
         self.optimizer.allocate()
         found: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parallel.named_parameters(self.module).items():
             found[f"model/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer/{key}/{name}"] = value

@@ -126,10 +126,6 @@ class Objective(nn.Module):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.register_buffer("unigram_losses", unigram_losses, persistent=False)
 
-    @property
-    def has_second_task(self) -> bool:
-        return isinstance(self.model, AlbertForPreTraining)
-
     def forward(self, batch: Batch) -> Sums:
         model = self.model
         outputs = model.albert(batch.packed(), return_dict=True)

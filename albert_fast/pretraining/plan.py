@@ -114,6 +114,10 @@ class ExampleOptions:
         return self.sentence_order or ("none" if self.has_own_pairs else "sop")
 
     @property
+    def has_second_task(self) -> bool:
+        return self.order != "none"
+
+    @property
     def is_pair(self) -> bool:
         return self.order != "none" or self.has_own_pairs
 

@@ -41,7 +41,7 @@ def find_micro_batch(config: PretrainConfig) -> int:
         share = config.examples.masking.rate
 
         def run(rows: int) -> int:
-            batch = full_rows(rows, longest, share, corpus.train.vocab_size, config.examples.order != "none")
+            batch = full_rows(rows, longest, share, corpus.train.vocab_size, config.examples.has_second_task)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 losses = learner.module(batch.to(world.device)).losses
             losses.sum().backward()

@@ -85,7 +85,6 @@ class Trainer:
             f"examples are of {longest} tokens and the model has {most} positions: lower examples.length, or lengthen "
             "the model by `albert-fast extend`",
         )
-        self.has_second_task = config.examples.order != "none"
         self.bfloat16 = config.precision == "bfloat16"
         self.peak = config.log.peak_flops
         if self.peak is None and world.is_main:
@@ -173,7 +172,7 @@ class Trainer:
         if ill:
             assert finding is not None
             self._go_back(finding)
-        if self.feed.corpus.held_out is not None and (step % config.evaluate.every == 0 or done):
+        if self.feed.held_out is not None and (step % config.evaluate.every == 0 or done):
             self._evaluate()
 
     def _gradients(self, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +310,7 @@ class Trainer:
                 "progress": budget.progress,
                 "seconds": budget.elapsed,
                 "tokens": self.feed.tokens,
-                **meter.means.record(self.has_second_task),
+                **meter.means.record(self.config.examples.has_second_task),
                 "learning_rate": rate,
                 "batch_size": rows,
                 "length": self.feed.length,
@@ -323,7 +322,7 @@ class Trainer:
         self.meter = Meter()
 
     def _evaluate(self) -> None:
-        examples, budget = self.feed.held_out(), self.budget
+        examples, budget = self.feed.held_out, self.budget
         assert examples is not None
         rows, micro = self.config.evaluate.rows, self.micro
         means = evaluate(self.learner.evaluated, examples, rows, micro, self.world, bfloat16=self.bfloat16)
@@ -332,7 +331,7 @@ class Trainer:
                 "step": budget.step,
                 "seconds": budget.elapsed,
                 "tokens": self.feed.tokens,
-                **means.record(self.has_second_task),
+                **means.record(self.config.examples.has_second_task),
                 "rows": means.rows,
                 "labels": means.labels,
                 "weights": "model" if self.learner.average is None else "ema",

@@ -105,3 +105,13 @@ def test_a_batch_that_no_epoch_has(make_config):
     (feed,) = feeds(make_config(), 1)
     with pytest.raises(ValueError, match=r"batch\.size is 100000 and an epoch has"):
         feed.take(0.0, 100000, 100000)
+
+
+def test_a_batch_that_outgrows_an_epoch(make_config):
+    """In the middle of one; its micro-batches alone would fit."""
+    (feed,) = feeds(make_config(), 1)
+    feed.take(0.0, 8, 8)
+    feed.done(8, 0)
+    too_many = feed.examples.size(0) // 8 * 8 + 16
+    with pytest.raises(ValueError, match=f"is {too_many} and an epoch has"):
+        feed.take(0.0, too_many, 8)

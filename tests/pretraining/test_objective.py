@@ -105,7 +105,6 @@ def test_smoothing_is_for_training_alone(rng):
     assert isinstance(model, AlbertForMaskedLM)
     plain = Objective(model, unigram_losses(store), MASK)
     other = Objective(model, unigram_losses(store), MASK, label_smoothing=0.2, z_loss=0.1)
-    assert not plain.has_second_task
     assert other.train()(batch).losses[0] > plain(batch).losses[0] * 1.001
     torch.testing.assert_close(other.eval()(batch).losses, plain.eval()(batch).losses)
     assert plain(batch).counts.shape == (COUNTS,)
