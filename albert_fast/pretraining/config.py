@@ -25,6 +25,7 @@ from typing import Any
 from albert_fast.config import AlbertConfig
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import RECOMPUTE
+from albert_fast.pretraining.initialization import INITIALIZATIONS
 from albert_fast.pretraining.parallel import ENGINES
 from albert_fast.pretraining.plan import ExampleOptions
 from albert_fast.pretraining.schedules import (
@@ -97,8 +98,8 @@ class ModelOptions:
         overrides: fields of AlbertConfig, such as {num_hidden_layers: 4}.
         start_from: a checkpoint directory to go on from in place of random weights; its config.json counts then.
         recompute: none, ffn or layer: what backward computes again in place of keeping it.
-        unigram_bias: the bias of a new model's scores begins as the logarithm of each piece's frequency: it starts as
-            the unigram model, which would otherwise take the first million tokens or so to learn.
+        initialization: of a new model: original (random), or neighbors: as the unigram model, and with heads that look
+            at the words beside each, which would otherwise take millions of tokens to learn (initialization.py).
     """
 
     shape: str = "base"
@@ -106,10 +107,16 @@ class ModelOptions:
     overrides: dict[str, Any] = field(default_factory=dict)
     start_from: str | None = None
     recompute: str = "none"
-    unigram_bias: bool = False
+    initialization: str = "original"
 
     def __post_init__(self) -> None:
         _one_of("model.recompute", self.recompute, RECOMPUTE)
+        _one_of("model.initialization", self.initialization, INITIALIZATIONS)
+        check(
+            self.start_from is None or self.initialization == "original",
+            f"model.initialization is {self.initialization!r} and model.start_from {self.start_from!r}, which has "
+            "weights: give one of them",
+        )
         check(
             self.shape in SHAPES or Path(self.shape).is_file(),
             f"model.shape is {self.shape!r}; {', '.join(SHAPES)} or a config.json was expected",

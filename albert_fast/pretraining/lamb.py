@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from albert_fast.ops.checks import check
 from albert_fast.pretraining.sharded import like, local, norms
@@ -173,6 +174,29 @@ class Lamb(torch.optim.Optimizer):
         stored = [local(parameter) for parameter in parameters]
         weights = [weight.to(dtype) for weight in stored]  # the stored tensors themselves where they have the dtype
 
+        lr = group["lr"]
+        if not group["adapt"] and weights[0] is stored[0] and stored[0].is_cpu and not isinstance(lr, Tensor):
+            # AdamW in one pass over memory. After infinitely many steps there is no bias to correct.
+            counts = steps if group["bias_correction"] else [torch.full_like(step, torch.inf) for step in steps]
+            adamw(
+                weights,
+                gradients,
+                m,
+                v,
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            if counts is not steps:
+                torch._foreach_add_(steps, 1.0)
+            return
         torch._foreach_add_(steps, 1.0)
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, gradients, alpha=1 - beta1)
@@ -190,7 +214,6 @@ class Lamb(torch.optim.Optimizer):
 
         if group["adapt"]:
             torch._foreach_mul_(updates, _ratios(weights, updates, parameters))
-        lr = group["lr"]
         if isinstance(lr, Tensor):
             torch._foreach_mul_(updates, lr.reshape(()).to(updates[0].device, dtype))
             torch._foreach_sub_(weights, updates)

@@ -14,12 +14,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from albert_fast.checkpoint import write_state_dict
 from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
-from albert_fast.ops.checks import check
 from albert_fast.pretraining import parallel
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.feed import Corpus
+from albert_fast.pretraining.initialization import build_model, look_at_neighbors
 from albert_fast.pretraining.lamb import Lamb, parameter_groups
-from albert_fast.pretraining.objective import Objective, build_model, unigram_losses
+from albert_fast.pretraining.objective import Objective, unigram_losses
 from albert_fast.pretraining.sharded import local, whole
 
 
@@ -38,16 +38,14 @@ class Learner:
         options, second_task = config.model, config.examples.has_second_task
         shape = options.build(corpus.train.vocab_size)
         self.model: AlbertForPreTraining | AlbertForMaskedLM
+        unigram = unigram_losses(corpus.train)
         if options.start_from is None:
             self.model = build_model(shape, second_task, config.seed)
+            if options.initialization == "neighbors":
+                look_at_neighbors(self.model, unigram, config.seed)
         else:
             kind: Any = AlbertForPreTraining if second_task else AlbertForMaskedLM
             self.model = kind.from_pretrained(options.start_from, config=shape, dtype=torch.float32)
-            check(not options.unigram_bias, "model.unigram_bias is for a new model, and model.start_from is given")
-        unigram = unigram_losses(corpus.train)
-        if options.unigram_bias:
-            with torch.no_grad():
-                self.model.predictions.bias.copy_(-unigram)
         self.model.set_recompute(options.recompute)
         self.model.to(world.device).train()
         self.config, self.tokenizer = self.model.config, corpus.tokenizer

@@ -12,13 +12,12 @@ per shard.)
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albert_fast.config import AlbertConfig
 from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
 from albert_fast.ops.masked_lm_loss import masked_lm_loss_with_statistics
 from albert_fast.pretraining.examples import Batch
@@ -169,17 +168,3 @@ def unigram_losses(store: TokenStore) -> Tensor:
         ids = torch.from_numpy(store.tokens[block * _BLOCK : (block + 1) * _BLOCK].astype("int64"))
         counts += torch.bincount(ids, minlength=store.vocab_size)
     return -(counts / counts.sum()).log().float()
-
-
-def build_model(config: AlbertConfig, second_task: bool, seed: int) -> AlbertForPreTraining | AlbertForMaskedLM:
-    """A new model, its weights drawn as the original's: normal, cut off at two standard deviations."""
-    generator = torch.Generator().manual_seed(seed)
-    kind: Any = AlbertForPreTraining if second_task else AlbertForMaskedLM
-    model = kind(config)
-    spread = config.initializer_range
-    done: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in done:
-            done.add(id(module.weight))
-            nn.init.trunc_normal_(module.weight, std=spread, a=-2 * spread, b=2 * spread, generator=generator)
-    return model

@@ -84,7 +84,7 @@ def test_it_learns(make_config):
 
 def test_a_run_that_begins_as_the_unigram_model(make_config):
     """But for what the small first weights add at random."""
-    config = make_config("model.unigram_bias=true", "schedule.steps=1", "batch.size=64")
+    config = make_config("model.initialization=neighbors", "schedule.steps=1", "batch.size=64")
     train(config)
     assert abs(records(config)[0]["below_unigram"]) < 0.5
     assert records(config)[0]["unigram_loss"] < 4.5  # of 100 pieces, log(100) would be 4.6

@@ -1,0 +1,145 @@
+"""The first weights: the original's law, and heads that look at their neighbors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from albert_fast.config import AlbertConfig
+from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.pretraining.initialization import OFFSETS, build_model, look_at_neighbors
+
+SMALL = {
+    "vocab_size": 800,
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "embedding_size": 64,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.02,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def neighborly(seed: int, **changes: object) -> AlbertForMaskedLM:
+    config = AlbertConfig.base(**{**SMALL, **changes})
+    model = build_model(config, second_task=False, seed=seed)
+    look_at_neighbors(model, torch.full([config.vocab_size], math.log(config.vocab_size)), seed)
+    assert isinstance(model, AlbertForMaskedLM)
+    return model
+
+
+def test_original_weights_are_cut_off_at_two_deviations():
+    model = build_model(AlbertConfig.base(**SMALL), second_task=True, seed=4)
+    assert isinstance(model, AlbertForPreTraining)
+    table = model.albert.embeddings.word_embeddings.weight
+    assert model.predictions.decoder.weight is table
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            assert module.weight.abs().max() <= 2 * 0.02
+    # The standard deviation of a normal law cut off there is 0.88 of the whole one's.
+    assert float(table.detach().std()) == pytest.approx(0.88 * 0.02, rel=0.02)
+    again = build_model(AlbertConfig.base(**SMALL), second_task=True, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    other = build_model(AlbertConfig.base(**SMALL), second_task=True, seed=5)
+    assert not torch.equal(table, other.albert.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_size": 128, "num_attention_heads": 2},
+        {"hidden_size": 384, "num_attention_heads": 4},  # a head larger than the embedding
+        {"num_hidden_groups": 3},
+    ],
+    ids=["six_heads", "two_heads", "large_heads", "groups"],
+)
+def test_heads_look_at_their_neighbors(changes, rng):
+    model = neighborly(int(rng.integers(99)), **changes).eval()
+    ids = torch.from_numpy(rng.integers(5, 800, [2, 100]))
+    with torch.no_grad():
+        passes = model.albert(ids, output_attentions=True, return_dict=True).attentions
+    heads = model.config.num_attention_heads
+    for weights in passes[:2]:  # [2, heads, 100, 100]
+        for head, offset in enumerate(OFFSETS[:heads]):
+            there = weights[:, head].diagonal(offset, dim1=1, dim2=2)
+            assert there.median() > 8 * weights[:, head].median()  # of 1 / 100 each, where a head is even
+            largest = weights[:, head, 4:-4].argmax(dim=2) - torch.arange(4, 96)
+            assert (largest == offset).double().mean() > 0.6
+    original = build_model(model.config, second_task=False, seed=1).eval()
+    with torch.no_grad():
+        passes = original.albert(ids, output_attentions=True, return_dict=True).attentions
+    assert (passes[0][:, 0, 4:-4].argmax(dim=2) - torch.arange(4, 96) == OFFSETS[0]).double().mean() < 0.2
+
+
+def test_what_neighbors_leaves_as_it_was(rng):
+    """The words, the other heads, values and the feed-forward network; what a layer adds is smaller by sqrt(2 L)."""
+    seed = int(rng.integers(99))
+    model = neighborly(seed)
+    before = dict(build_model(model.config, second_task=False, seed=seed).named_parameters())
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    changed = {
+        "albert.embeddings.position_embeddings.weight",
+        "albert.encoder.embedding_hidden_mapping_in.weight",
+        "predictions.dense.weight",
+        "predictions.bias",
+    } | {f"{layer}.{name}.weight" for name in ("attention.query", "attention.key", "attention.dense", "ffn_output")}
+    for name, after in model.named_parameters():
+        assert torch.equal(after, before[name]) == (name not in changed), name
+    for name in ("attention.dense", "ffn_output"):
+        key = f"{layer}.{name}.weight"
+        torch.testing.assert_close(model.get_parameter(key) * math.sqrt(2 * 3), before[key])
+    for name in ("query", "key"):
+        key = f"{layer}.attention.{name}.weight"
+        assert torch.equal(model.get_parameter(key)[4 * 16 :], before[key][4 * 16 :])
+    assert torch.allclose(model.predictions.bias, torch.tensor(-math.log(800)))
+
+
+def test_a_hidden_state_too_small_for_the_positions():
+    config = AlbertConfig.base(**{**SMALL, "hidden_size": 48})
+    model = build_model(config, second_task=False, seed=1)
+    with pytest.raises(ValueError, match="hidden_size is 48 and embedding_size 64"):
+        look_at_neighbors(model, torch.zeros(800), 1)
+
+
+def test_a_language_of_word_pairs_is_learned_sooner(rng):
+    """Each word tells the next one. 80 steps: too few for the original's weights, enough for the neighbors'."""
+    size, mask = 25, 4
+    follower = torch.from_numpy(rng.permutation(size - 5) + 5)
+
+    def loss(model: AlbertForMaskedLM) -> torch.Tensor:
+        ids = torch.empty(16, 32, dtype=torch.long)
+        ids[:, 0] = torch.from_numpy(rng.integers(5, size, 16))
+        for place in range(1, 32):
+            stray = torch.from_numpy(rng.integers(5, size, 16))
+            ids[:, place] = torch.where(torch.from_numpy(rng.random(16)) < 0.1, stray, follower[ids[:, place - 1] - 5])
+        hidden = torch.from_numpy(rng.random([16, 32])) < 0.15
+        logits = model(torch.where(hidden, mask, ids), return_dict=True).logits
+        return F.cross_entropy(logits[hidden], ids[hidden])
+
+    ends = {}
+    for initialization in ("original", "neighbors"):
+        changes = {"vocab_size": size, "num_hidden_layers": 2, "max_position_embeddings": 32}
+        seed = int(rng.integers(99))
+        model = build_model(AlbertConfig.base(**{**SMALL, **changes}), second_task=False, seed=seed)
+        if initialization == "neighbors":
+            look_at_neighbors(model, torch.full([size], math.log(size)), seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1.5e-3)
+        losses = []
+        for _ in range(80):
+            optimizer.zero_grad()
+            losses.append(loss(model))
+            losses[-1].backward()
+            optimizer.step()
+        ends[initialization] = torch.stack(losses[-10:]).mean().item()
+    assert ends["neighbors"] < ends["original"] - 0.25, ends
