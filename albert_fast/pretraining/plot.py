@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining.tracking import read
+from albert_fast.training.tracking import read
 
 Records = list[dict[str, Any]]
 

@@ -8,7 +8,7 @@ import pytest
 from albert_fast import AlbertConfig
 from albert_fast.pretraining import config
 from albert_fast.pretraining.config import BatchOptions, ModelOptions, ScheduleOptions, parse
-from albert_fast.pretraining.schedules import Warmup
+from albert_fast.training.schedules import Warmup
 
 NEEDED = ["output=runs/x", "data.train=store"]
 

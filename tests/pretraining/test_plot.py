@@ -8,7 +8,7 @@ import pytest
 
 from albert_fast.pretraining import plot as plotting
 from albert_fast.pretraining.plot import PANELS, plot
-from albert_fast.pretraining.tracking import Recorder
+from albert_fast.training.tracking import Recorder
 
 pytest.importorskip("matplotlib")
 

@@ -16,15 +16,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from albert_fast import AlbertConfig, AlbertForPreTraining, ops
-from albert_fast.pretraining import parallel
 from albert_fast.pretraining.examples import Batch, Batches, Examples
-from albert_fast.pretraining.lamb import Lamb, parameter_groups
-from albert_fast.pretraining.objective import Objective
+from albert_fast.pretraining.objective import MaskedLMObjective
 from albert_fast.pretraining.plan import ExampleOptions
-from albert_fast.pretraining.sharded import local, norms, whole
-from albert_fast.pretraining.tensor_parallel import check_tensor_ranks
-
-from .test_examples import SIZE, VOCABULARY, random_store
+from albert_fast.training import parallel
+from albert_fast.training.lamb import Lamb, parameter_groups
+from albert_fast.training.sharded import local, norms, whole
+from albert_fast.training.tensor_parallel import check_tensor_ranks
+from tests.pretraining.test_examples import SIZE, VOCABULARY, random_store
 
 ROWS, MICRO_BATCHES, STEPS, MOST = 8, 2, 5, 0.3
 SHAPE = {
@@ -49,10 +48,10 @@ def examples() -> Examples:
     return Examples(store, VOCABULARY, ExampleOptions(length=48, short_probability=0.5), seed=3)
 
 
-def objective(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object) -> Objective:
+def objective(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object) -> MaskedLMObjective:
     torch.manual_seed(seed)
     model = AlbertForPreTraining(AlbertConfig(**{**SHAPE, **changes}))
-    return Objective(model, torch.ones(SIZE), mask_id=4).to(dtype)
+    return MaskedLMObjective(model, torch.ones(SIZE), mask_id=4).to(dtype)
 
 
 def lamb(module: nn.Module) -> Lamb:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from albert_fast.pretraining.schedules import (
+from albert_fast.training.schedules import (
     BatchRamp,
     Budget,
     Constant,

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from albert_fast.pretraining import tracking
-from albert_fast.pretraining.tracking import LOG, Recorder, fitting, read, train_parts
+from albert_fast.training.tracking import LOG, Recorder, fitting, read, train_parts
 
 TESTS = Path(__file__).parents[1]
 

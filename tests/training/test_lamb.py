@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from albert_fast import AlbertConfig, AlbertForPreTraining
-from albert_fast.pretraining.lamb import Lamb, parameter_groups
+from albert_fast.training.lamb import Lamb, parameter_groups
 
 SHAPE = {
     "vocab_size": 30,

@@ -40,9 +40,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining.objective import Objective
-from albert_fast.pretraining.sharded import like, local, norms
-from albert_fast.pretraining.tensor_parallel import check_tensor_ranks, divide
+from albert_fast.training.objective import Objective
+from albert_fast.training.sharded import like, local, norms
+from albert_fast.training.tensor_parallel import check_tensor_ranks, divide
 
 ENGINES = ("ddp", "fsdp")
 

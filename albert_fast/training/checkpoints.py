@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining.parallel import World
+from albert_fast.training.parallel import World
 
 _NAME = re.compile(r"step-(\d{8})")
 STATE, TENSORS = "state.json", "tensors"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining.sharded import like, local, norms
+from albert_fast.training.sharded import like, local, norms
 
 # Google's regular expressions, searched in the whole name: transformers' `full_layer_layer_norm` is one of them.
 _EXCLUDED = re.compile("LayerNorm|layer_norm|bias")

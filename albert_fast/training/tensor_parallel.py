@@ -34,7 +34,7 @@ from albert_fast.model import AlbertLayer, AlbertModel, AlbertTransformer
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, layer_of_pass
 from albert_fast.packing import PackedBatch
-from albert_fast.pretraining.sharded import local
+from albert_fast.training.sharded import local
 
 
 def check_tensor_ranks(config: AlbertConfig, tensor_ranks: int) -> None:
