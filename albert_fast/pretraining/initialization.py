@@ -9,8 +9,9 @@ So `neighbors` sets what such a model would have to learn first, in weights that
 
 - The position table holds waves, cos(f p) and sin(f p) of many frequencies f, turned at random. To look d places on is
   then a rotation, which a linear map can be: query and key of a head project onto the waves, the key's turned by d, and
-  the scores peak at the key that is d places from the query; d is -1, 1, -2, 2 in the first four heads. The others
-  stay as they are drawn. As the layer is shared, each pass looks at neighbors, and of those the next pass.
+  the scores peak at the key that is d places from the query; d is -1, 1, -2, 2 in the first heads, at most in half of
+  them. The others stay as they are drawn and average over the row, which sentence order needs. As the layer is shared,
+  each pass looks at neighbors, and the next one at theirs.
 - What the layer adds to its input is divided by sqrt(2 L) (Radford et al. 2019, section 2.3), so that words and
   positions are still there in the later passes.
 - The prediction head reads the word table through the transpose of the map behind the embeddings.
@@ -101,7 +102,8 @@ def look_at_neighbors(model: Model, unigram_losses: Tensor, seed: int) -> None:
 def _set_heads(attention: AlbertAttention, waves: Tensor, frequencies: Tensor, size: int) -> None:
     """Query and key of the first heads. waves: [2 * len(frequencies), hidden], the cosines', then the sines'."""
     cosines, sines = waves.chunk(2)
-    for head, offset in enumerate(OFFSETS[: attention.query.out_features // size]):
+    heads = attention.query.out_features // size
+    for head, offset in enumerate(OFFSETS[: max(1, heads // 2)]):
         rows = slice(head * size, head * size + len(waves))
         turn = (frequencies * offset)[:, None]
         attention.query.weight[rows] = waves

@@ -71,7 +71,7 @@ def test_heads_look_at_their_neighbors(changes, rng):
         passes = model.albert(ids, output_attentions=True, return_dict=True).attentions
     heads = model.config.num_attention_heads
     for weights in passes[:2]:  # [2, heads, 100, 100]
-        for head, offset in enumerate(OFFSETS[:heads]):
+        for head, offset in enumerate(OFFSETS[: max(1, heads // 2)]):
             there = weights[:, head].diagonal(offset, dim1=1, dim2=2)
             assert there.median() > 8 * weights[:, head].median()  # of 1 / 100 each, where a head is even
             largest = weights[:, head, 4:-4].argmax(dim=2) - torch.arange(4, 96)
@@ -101,7 +101,7 @@ def test_what_neighbors_leaves_as_it_was(rng):
         torch.testing.assert_close(model.get_parameter(key) * math.sqrt(2 * 3), before[key])
     for name in ("query", "key"):
         key = f"{layer}.attention.{name}.weight"
-        assert torch.equal(model.get_parameter(key)[4 * 16 :], before[key][4 * 16 :])
+        assert torch.equal(model.get_parameter(key)[3 * 16 :], before[key][3 * 16 :])
     assert torch.allclose(model.predictions.bias, torch.tensor(-math.log(800)))
 
 
