@@ -23,6 +23,8 @@ LOG = "log.jsonl"
 WANDB_ID = "wandb-id"
 SECONDS = 10.0  # between plain lines
 REFRESH = 0.2  # seconds between changes of the live line
+# Of tasks, in the order in which they are shown.
+FIGURES = ("f1", "exact_match", "accuracy", "f1_macro", "matthews", "pearson", "spearman", "bleu", "chrf", "wer", "cer")
 BAR = 4, 40  # columns of the bar, at least and at most
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -195,7 +197,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{path.parent} has no {LOG}; a directory that `albert-fast pretrain` wrote was expected"
+            f"{path.parent} has no {LOG}; the directory of a run was expected"
         ) from None
     records: list[tuple[dict[str, Any], bytes]] = []
     for number, line in enumerate(lines, start=1):
@@ -247,9 +249,10 @@ def train_parts(record: dict[str, Any]) -> list[str]:
 
     return [
         *part("step", lambda value: f"step {value}"),
-        *part("masked_lm_loss", lambda value: f"loss {value:.2f}"),
+        *part("masked_lm_loss" if "masked_lm_loss" in record else "loss", lambda value: f"loss {value:.2f}"),
         *part("below_unigram", lambda value: f"unigram {-value:+.2f}"),
         *part("seconds_left", lambda value: f"{_duration(value)} left"),
+        *(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in FIGURES if record.get(name) is not None),
         *part("masked_accuracy", lambda value: f"mlm {value:.0%}"),
         *part("sentence_order_accuracy", lambda value: f"sop {value:.0%}"),
         *part("tokens_per_second", lambda value: f"{_count(value)} tok/s"),

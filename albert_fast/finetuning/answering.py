@@ -1,0 +1,257 @@
+"""Questions about a paragraph: where the answer begins and ends, or that there is none (SQuAD v1 and v2).
+
+A paragraph that does not fit a row becomes windows that overlap by `data.stride` tokens (google-research/albert,
+squad_utils.py: question at most 64 tokens, answer at most 30, stride 128, 20 candidates). A window without the whole
+answer has its target at [CLS], and so has a question without one; over the windows the best span wins, and v2's null
+score is the least that any window gives [CLS]. A token is taken for an answer only in the window where it has the most
+context on both sides.
+
+Figures are the official script's: exact match and F1 of the words of the best of the given answers, lower-cased, without
+articles and punctuation.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from albert_fast.config import AlbertConfig
+from albert_fast.finetuning.reading import DataError, Place
+from albert_fast.finetuning.rows import Batch, Row
+from albert_fast.finetuning.task import Task
+from albert_fast.model import AlbertForQuestionAnswering
+
+MOST_QUESTION, MOST_ANSWER, CANDIDATES = 64, 30, 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        answers: the texts that are right; none where the paragraph has no answer.
+        start: the character of the context at which the first of them begins.
+    """
+
+    place: Place
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...] = ()
+    start: int = 0
+
+
+class Answering(Task):
+    """See this file's docstring.
+
+    Attributes:
+        nulls: whether there are questions without an answer (v2).
+    """
+
+    name = "answering"
+    best = "f1"
+    model_class = AlbertForQuestionAnswering
+    nulls = False
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def read(self, path: Path, *, labelled: bool) -> Iterator[Question]:
+        """SQuAD's JSON. An answer that does not stand where it says is an error."""
+        try:
+            articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not SQuAD's JSON, an object with 'data': {error!r}") from None
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for entry in paragraph["qas"]:
+                    place = Place(path, f"question {entry['id']}")
+                    found = [] if entry.get("is_impossible") or not labelled else entry.get("answers", [])
+                    for answer in found:
+                        start, text = answer["answer_start"], answer["text"]
+                        if context[start : start + len(text)] != text:
+                            stands = context[start : start + len(text)]
+                            place.refuse(f"the answer {text!r} is to begin at character {start}, where {stands!r} stands")
+                    texts = tuple(answer["text"] for answer in found)
+                    start = found[0]["answer_start"] if found else 0
+                    yield Question(place, entry["id"], entry["question"], context, texts, start)
+
+    def from_line(self, place: Place, line: str) -> Question:
+        """A question and a context, apart by a tab."""
+        question, tab, context = line.partition("\t")
+        if not tab:
+            place.refuse("a question and a text, with a tab between them, were expected")
+        return Question(place, str(place.line), question, context)
+
+    def learn(self, examples: Sequence[Question]) -> None:
+        self.nulls = any(not example.answers for example in examples)
+
+    def state(self) -> dict[str, Any]:
+        return {"nulls": self.nulls}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.nulls = state["nulls"]
+
+    def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
+        rows = []
+        for number, example in enumerate(examples):
+            question = self.tokenizer.encode(example.question, add_special_tokens=False)[:MOST_QUESTION]
+            encoded = self.tokenizer(example.context, add_special_tokens=False, return_offsets_mapping=True)
+            ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+            answer = _tokens_of(example, spans) if labelled and example.answers else None
+            room = self.length - len(question) - 3
+            before = len(question) + 2
+            starts = _window_starts(len(ids), room, min(self.data.stride, room - 1))
+            for start in starts:
+                end = min(start + room, len(ids))
+                row = [self.tokenizer.cls_token_id, *question, self.tokenizer.sep_token_id, *ids[start:end]]
+                types = [0] * before + [1] * (end - start + 1)
+                target = None
+                if labelled:
+                    inside = answer is not None and start <= answer[0] and answer[1] < end
+                    target = tuple(place - start + before for place in answer) if inside and answer else (0, 0)
+                # What this window, and no other, may answer with: (place in the row, characters).
+                own = [
+                    (place - start + before, spans[place])
+                    for place in range(start, end)
+                    if _best_window(place, starts, room, len(ids)) == start
+                ]
+                rows.append(Row([*row, self.tokenizer.sep_token_id], types, target, number, own))
+        return rows
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        starts, ends = zip(*(row.target for row in rows), strict=True)
+        return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    def configure(self, config: AlbertConfig) -> None:
+        config.num_labels = 2
+
+    def targets(self, batch: Batch) -> int:
+        return batch.rows
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        outputs = model(batch.inputs)
+        start, end = batch.targets["start_positions"], batch.targets["end_positions"]
+        starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
+        loss = (F.cross_entropy(starts, start, reduction="sum") + F.cross_entropy(ends, end, reduction="sum")) / 2
+        return loss, ((starts.argmax(1) == start) & (ends.argmax(1) == end)).sum()
+
+    # -------------------------------------------------------------------------------------------------- what it says
+
+    def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """The best spans of each row, as (score, start, end) in characters, and the score of [CLS]."""
+        outputs = model(batch.inputs)
+        starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
+        return [_best_spans(row.extra, starts[i], ends[i]) for i, row in enumerate(batch.source)]
+
+    def predictions(self, examples: Sequence[Question], rows: Sequence[Row], outputs: Sequence[Any]) -> list[Any]:
+        spans: list[list[Any]] = [[] for _ in examples]
+        nulls = [float("inf")] * len(examples)
+        for row, (found, null) in zip(rows, outputs, strict=True):
+            spans[row.example] += found
+            nulls[row.example] = min(nulls[row.example], null)
+        said = []
+        for example, found, null in zip(examples, spans, nulls, strict=True):
+            best = sorted(found, reverse=True)[:CANDIDATES]
+            texts = [{"text": example.context[a:b], "score": score} for score, a, b in best]
+            answer = texts[0]["text"] if texts else ""
+            difference = null - best[0][0] if best else 0.0
+            if self.nulls and difference > self.data.null_threshold:
+                answer = ""
+            said.append({"id": example.id, "answer": answer, "null_score": difference, "candidates": texts})
+        return said
+
+    def metrics(self, examples: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
+        scores = [
+            (bool(example.answers), *scores_of(said["answer"], example.answers))
+            for example, said in zip(examples, predictions, strict=True)
+        ]
+        of = lambda chosen, i: sum(score[i] for score in chosen) / max(1, len(chosen))  # noqa: E731
+        figures = {"exact_match": of(scores, 1), "f1": of(scores, 2)}
+        answered = [score for score in scores if score[0]]
+        if len(answered) < len(scores):
+            figures |= {"exact_match_answerable": of(answered, 1), "f1_answerable": of(answered, 2)}
+            figures["no_answer"] = 1 - len(answered) / len(scores)  # what "always none" would get
+        return figures
+
+
+# ---------------------------------------------------------------------------------------------------------- in tokens
+
+
+def _tokens_of(example: Question, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The first and the last token of the first answer."""
+    begin, end = example.start, example.start + len(example.answers[0])
+    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > begin]
+    if not inside:
+        example.place.refuse(f"the answer {example.answers[0]!r} has no token")
+    return inside[0], inside[-1]
+
+
+def _window_starts(size: int, room: int, stride: int) -> list[int]:
+    """Where windows of `room` tokens begin that share `stride` of them."""
+    starts = [0]
+    while starts[-1] + room < size:
+        starts.append(starts[-1] + room - stride)
+    return starts
+
+
+def _best_window(place: int, starts: Sequence[int], room: int, size: int) -> int:
+    """Of the windows that hold a token, where the one begins that shows the most on its poorer side."""
+    holding = [start for start in starts if start <= place < min(start + room, size)]
+    return max(holding, key=lambda start: min(place - start, min(start + room, size) - 1 - place))
+
+
+def _best_spans(own: Sequence[Any], starts: Tensor, ends: Tensor) -> tuple[list[Any], float]:
+    null = float(starts[0] + ends[0])
+    if not own:
+        return [], null
+    places = torch.tensor([place for place, _ in own])
+    first, last = starts[places], ends[places]
+    count = len(own)
+    distance = torch.arange(count)[None, :] - torch.arange(count)[:, None]
+    allowed = (distance >= 0) & (distance < MOST_ANSWER)
+    scores = torch.where(allowed, first[:, None] + last[None, :], -torch.inf).flatten()
+    best = scores.topk(min(CANDIDATES, int(allowed.sum())))
+    return [
+        (score, own[i // count][1][0], own[i % count][1][1])
+        for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ], null
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """As the official script of SQuAD: lower case, no punctuation, no articles, single blanks."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def scores_of(said: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 beside the best of the answers; without any, whether nothing was said."""
+    texts = [answer for answer in answers if normalize(answer)] or [""]
+    return max(float(normalize(said) == normalize(text)) for text in texts), max(_f1(said, text) for text in texts)
+
+
+def _f1(said: str, answer: str) -> float:
+    words, wanted = normalize(said).split(), normalize(answer).split()
+    if not words or not wanted:
+        return float(words == wanted)
+    common = sum((collections.Counter(words) & collections.Counter(wanted)).values())
+    return 2 * common / (len(words) + len(wanted))

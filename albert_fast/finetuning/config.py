@@ -1,0 +1,173 @@
+"""What a fine-tuning run is: the command line, a YAML file, or both.
+
+    albert-fast finetune classification --model DIR --train train.tsv --dev dev.tsv -o OUT epochs=3
+
+Every field has a default but task, model, data.train and output; `albert-fast finetune --keys` lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from albert_fast.ops.checks import check
+from albert_fast.training import options
+from albert_fast.training.configuration import Configuration
+from albert_fast.training.options import LogOptions, OptimizerOptions, RunOptions, SaveOptions, ScheduleOptions, at_least
+
+# The file and the class of each.
+TASKS = {
+    "classification": "classification.Classification",
+    "tagging": "tagging.Tagging",
+    "answering": "answering.Answering",
+    "choice": "choice.Choice",
+    "translation": "translation.Translation",
+    "speech": "speech.Speech",
+}
+SHAPES = ("base", "large", "xlarge", "xxlarge")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read.
+
+    Attributes:
+        train, dev: files of the task's format; several are read one after the other. Without dev nothing is evaluated,
+            and the last checkpoint is the result.
+        text, pair, label: columns of tables, by name, or by number from 0 where there is no header. pair None: single
+            texts.
+        kind: of classification: single (one label each), multi (any number of them) or regression (a number).
+        separator: between the labels of `multi` in .tsv and .csv; .jsonl has lists.
+        word, tag: columns of CoNLL files, from 0; negative ones count from the end. None: 0 and -1, in .conllu 1 and
+            3 (universal parts of speech).
+        stride: tokens that the windows of a long paragraph share.
+        null_threshold: how much higher "no answer" must score than the best answer to be said.
+        audio: of speech, a file's path, from the table's folder on; `label` is what is said.
+        rate: samples a second that all sound is brought to.
+        context, question, choices: of multiple choice; `label` is the number of the right one, from 0, or its letter.
+    """
+
+    train: list[str] = field(default_factory=list)
+    dev: list[str] = field(default_factory=list)
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    kind: str = "single"
+    separator: str = ","
+    word: int | None = None
+    tag: int | None = None
+    stride: int = 128
+    null_threshold: float = 0.0
+    context: str = "context"
+    question: str = "question"
+    choices: str = "choices"
+    audio: str = "audio"
+    rate: int = 16000
+
+    def __post_init__(self) -> None:
+        options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How texts are written.
+
+    Attributes:
+        beams: kept in each step; 1 is greedy.
+        length_penalty: a text's log-probability is divided by ((5 + length) / 6) to this power.
+    """
+
+    beams: int = 5
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("decoding.beams", self.beams, 1)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluation on data.dev. The checkpoint that is best there is kept in OUT/best.
+
+    Attributes:
+        every: steps between two; None: an epoch. The last step is always evaluated.
+        rows: rows of a batch.
+    """
+
+    every: int | None = None
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.every", self.every, 1)
+        at_least("evaluate.rows", self.rows, 1)
+
+
+@dataclass(frozen=True)
+class BatchOptions(options.BatchOptions):
+    """How many rows make a step."""
+
+    size: int = 32
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunOptions):
+    """A run, see `RunOptions`, and:
+
+    Attributes:
+        task: what is learned.
+        model: a checkpoint's directory, with its vocabulary; or, for random weights, a config.json or one of base,
+            large, xlarge and xxlarge, with `vocab`.
+        overrides: fields of its config, such as {num_hidden_layers: 4}.
+        vocab: a sentencepiece model or a directory with one; None: the model's own.
+        length: most tokens of a row, special ones included; what is longer is cut, or becomes several rows.
+        epochs: how often each example is trained on, in place of schedule.steps.
+        dropout: of the encoder; None: the model's.
+        classifier_dropout: before the head; None: the model's.
+        label_smoothing: of translation.
+    """
+
+    task: str = ""
+    model: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    vocab: str | None = None
+    length: int = 128
+    epochs: float | None = 3.0
+    dropout: float | None = None
+    classifier_dropout: float | None = None
+    label_smoothing: float = 0.1
+    data: DataOptions = field(default_factory=DataOptions)
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    # The original's recipe: AdamW without bias correction, a line down to 0 after a warm-up.
+    optimizer: OptimizerOptions = field(
+        default_factory=lambda: OptimizerOptions(name="adamw", learning_rate=2e-5, weight_decay=0.01)
+    )
+    schedule: ScheduleOptions = field(default_factory=lambda: ScheduleOptions(shape="albert", warmup=0.1))
+    save: SaveOptions = field(default_factory=lambda: SaveOptions(every=None, seconds=600.0, keep=1))
+    log: LogOptions = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("length", self.length, 8)
+        check(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; a number above 0 was expected")
+
+    def check_complete(self) -> None:
+        """Raises ValueError where something has no value yet that has no default."""
+        options.one_of("task", self.task, tuple(TASKS))
+        check(bool(self.output), "output is not given: the directory of the run, such as -o runs/mine")
+        check(bool(self.model), "model is not given: a checkpoint's directory (--model DIR)")
+        check(bool(self.data.train), "data.train is not given: a file of labelled examples (--train FILE)")
+
+    def with_steps(self, rows: int) -> FinetuneConfig:
+        """Of `rows` training rows: schedule.steps from the epochs, where no other budget is given."""
+        schedule = self.schedule
+        if schedule.steps is not None or schedule.seconds is not None:
+            return self
+        check(self.epochs is not None, "epochs, schedule.steps and schedule.seconds are all empty: give one of them")
+        assert self.epochs is not None
+        steps = max(1, round(self.epochs * rows / self.batch.size))
+        return replace(self, schedule=replace(schedule, steps=steps))
+
+
+CONFIGURATION = Configuration(FinetuneConfig, "albert-fast finetune", Path(__file__).parent / "presets")

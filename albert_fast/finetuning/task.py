@@ -1,0 +1,187 @@
+"""What a task has to say: its files, its rows, its model, its loss and its figures. One file implements each.
+
+A task is read from training data once (`learn`) and is plain values from then on (`state`), which stand beside the
+weights in task.json, so that a model that was saved knows what it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from albert_fast.config import AlbertConfig
+from albert_fast.finetuning.config import TASKS, FinetuneConfig
+from albert_fast.finetuning.reading import DataError, Place
+from albert_fast.finetuning.rows import Batch, Row, pack
+from albert_fast.flops import flops
+from albert_fast.tokenizer import AlbertTokenizer
+
+TASK = "task.json"
+IGNORE_INDEX = -100
+
+
+class Task(ABC):
+    """One task with its options.
+
+    Args:
+        config: of the run, or with how files are read.
+        tokenizer: of the model.
+        state: of a model that was saved, in place of `learn`.
+
+    Attributes:
+        name: what the command line calls it.
+        best: the figure that the best checkpoint is chosen by.
+        larger_is_better: whether it is to be large.
+        model_class: what is trained.
+    """
+
+    name: ClassVar[str]
+    best: str
+    larger_is_better: ClassVar[bool] = True
+    model_class: ClassVar[Any]
+
+    def __init__(
+        self, config: FinetuneConfig, tokenizer: AlbertTokenizer, state: dict[str, Any] | None = None
+    ) -> None:
+        self.config, self.data, self.length, self.tokenizer = config, config.data, config.length, tokenizer
+        if state is not None:
+            self.restore(state)
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    @abstractmethod
+    def read(self, path: Path, *, labelled: bool) -> Iterator[Any]:
+        """The examples of a file, each with a `place`. Raises DataError."""
+
+    @abstractmethod
+    def from_line(self, place: Place, line: str) -> Any:
+        """An example without a label from a line that somebody typed."""
+
+    @abstractmethod
+    def learn(self, examples: Sequence[Any]) -> None:
+        """What the training data tells: the set of labels."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """That, as JSON values."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """As `learn`, from `state`."""
+
+    @abstractmethod
+    def rows(self, examples: Sequence[Any], *, labelled: bool) -> list[Row]:
+        """The examples as the model gets them. Raises DataError where a label is not in the set."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The targets of rows."""
+
+    def pack(self, rows: Sequence[Row]) -> Batch:
+        """Rows as the model takes them."""
+        return pack(rows, self.collate)
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    @abstractmethod
+    def configure(self, config: AlbertConfig) -> None:
+        """Sets what the head needs in a model's config."""
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> int:
+        """How many targets the batch's loss is a sum over."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss over a batch, and how many of its targets came out right (a tensor of no dimensions)."""
+
+    def flops(self, shape: AlbertConfig, batch: Batch) -> int:
+        """That a batch needs, forward and backward."""
+        return flops(shape, batch.lengths, training=True, labelled=0).total
+
+    # -------------------------------------------------------------------------------------------------- what it says
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """What the model says of each row, plain values."""
+
+    @abstractmethod
+    def predictions(self, examples: Sequence[Any], rows: Sequence[Row], outputs: Sequence[Any]) -> list[Any]:
+        """One for each example, as JSON values: what `albert-fast predict` writes."""
+
+    @abstractmethod
+    def metrics(self, examples: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """Figures of predictions, beside the labels that the examples have."""
+
+    # ------------------------------------------------------------------------------------------------------ in common
+
+    def read_all(self, paths: Sequence[str], *, labelled: bool = True) -> list[Any]:
+        """The examples of several files.
+
+        Raises:
+            DataError: a file cannot be read, or has none.
+        """
+        examples = []
+        for path in map(Path, paths):
+            found = list(self.read(path, labelled=labelled))
+            if not found:
+                raise DataError(f"{path} has no example")
+            examples += found
+        return examples
+
+    def is_better(self, figure: float, than: float | None) -> bool:
+        return than is None or (figure > than if self.larger_is_better else figure < than)
+
+    def save(self, directory: Path) -> None:
+        """task.json: what it takes to read files and outputs again."""
+        known = {"task": self.name, "length": self.length, "state": self.state()}
+        (directory / TASK).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def number_of(label: str, labels: dict[str, int], place: Place) -> int:
+    """A label's number, or an error that says which ones there are."""
+    if label not in labels:
+        known = ", ".join(sorted(labels)[:20]) + (" …" if len(labels) > 20 else "")
+        place.refuse(f"the label {label!r} is not among those of the training data: {known}")
+    return labels[label]
+
+
+def task_class(name: str) -> type[Task]:
+    """By the name that the command line has."""
+    module, kind = TASKS[name].rsplit(".", 1)
+    return getattr(importlib.import_module(f"albert_fast.finetuning.{module}"), kind)
+
+
+def tokenizer_of(config: FinetuneConfig) -> AlbertTokenizer:
+    source = Path(config.vocab or config.model)
+    return AlbertTokenizer(source) if source.suffix == ".model" else AlbertTokenizer.from_pretrained(source)
+
+
+def load_task(directory: Path, config: FinetuneConfig | None = None) -> Task:
+    """The task of a model that `albert-fast finetune` saved.
+
+    Raises:
+        ValueError: the directory has none.
+    """
+    try:
+        known = json.loads((directory / TASK).read_text(encoding="utf-8"))
+        kind = task_class(known["task"])
+        config = replace(config or FinetuneConfig(), length=known["length"])
+        return kind(config, AlbertTokenizer.from_pretrained(directory), known["state"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "
+            "expected, such as OUT/best"
+        ) from None
+
+
+def softmax_rows(logits: Tensor) -> list[list[float]]:
+    return torch.softmax(logits.float(), dim=-1).tolist()

@@ -1,0 +1,151 @@
+"""Runs: what is learned, kept, gone on with, and refused."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from albert_fast.cli import main
+from albert_fast.finetuning.config import CONFIGURATION
+from albert_fast.finetuning.run import Pipeline, finetune
+from albert_fast.finetuning.trainer import Finetuner
+from albert_fast.training import parallel, tracking
+from albert_fast.training.learner import Learner
+
+from .conftest import sentence
+
+
+@pytest.fixture
+def files(tmp_path, draw) -> dict[str, Path]:
+    """Sentences that are good or bad: 160 to train on, 60 to evaluate on."""
+    found = {}
+    for name, count in (("train", 160), ("dev", 60)):
+        lines = [f"{sentence(draw, bool(i % 2))}\t{'bad good'.split()[i % 2]}" for i in range(count)]
+        found[name] = tmp_path / f"{name}.tsv"
+        found[name].write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    return found
+
+
+@pytest.fixture
+def configure(files, model_directory, tmp_path):
+    def make(*overrides: str):
+        base = [
+            "task=classification",
+            f"model={model_directory}",
+            f"data.train=[{files['train']}]",
+            f"data.dev=[{files['dev']}]",
+            f"output={tmp_path / 'run'}",
+            "length=32",
+            "epochs=12",
+            "optimizer.learning_rate=0.004",
+            "batch.size=16",
+            "log={every: 5, quiet: true, peak_flops: 1e12}",
+            "device=cpu",
+        ]
+        return CONFIGURATION.parse(None, [*base, *overrides])
+
+    return make
+
+
+def test_it_learns_and_keeps_the_best(configure, files, tmp_path):
+    config = configure()
+    assert finetune(config) == 0
+    run = tmp_path / "run"
+    records = tracking.read(run)
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["step"] for record in evaluations] == list(range(10, 121, 10))
+    best = max(evaluations, key=lambda record: record["accuracy"])
+    assert best["accuracy"] > 0.9
+    kept = json.loads((run / "best" / "metrics.json").read_text())
+    assert (kept["step"], kept["accuracy"]) == (best["step"], best["accuracy"])
+    pipeline = Pipeline(run / "best", device="cpu")
+    assert pipeline.evaluate([str(files["dev"])])["accuracy"] == pytest.approx(best["accuracy"])
+    said = pipeline(["a great warm fine film", "dull poor cold story"])
+    assert [each["label"] for each in said] == ["good", "bad"]
+    assert pipeline("a great warm fine film")["label"] == "good"
+
+
+def test_the_commands(files, model_directory, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    options = ["epochs=1", "length=32", "log.quiet=true", "log.peak_flops=1e12", "device=cpu"]
+    arguments = ["--model", str(model_directory), "--train", str(files["train"]), "--dev", str(files["dev"])]
+    assert main(["finetune", "classification", *arguments, "-o", str(run), "--set", *options]) == 0
+    assert main(["evaluate", str(run / "best"), str(files["dev"]), "--device", "cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["accuracy"] == json.loads((run / "best" / "metrics.json").read_text())["accuracy"]
+    written = tmp_path / "said.jsonl"
+    assert main(["predict", str(run / "best"), str(files["dev"]), "-o", str(written), "--device", "cpu"]) == 0
+    assert len(written.read_text().splitlines()) == 60
+    monkeypatch.setattr("sys.stdin", iter(["a fine film\n", "a dull one\n"]))
+    assert main(["predict", str(run / "best"), "-", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_going_on_gives_the_same_bits(configure, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch, a run ends with the weights of one that was not."""
+    whole = Finetuner(configure("epochs=2", "model=" + configure().model), parallel.start("cpu"))
+    assert whole.run() == 0
+    expected = {name: tensor.clone() for name, tensor in whole.learner.model.state_dict().items()}
+
+    update, steps = Learner.update, []
+    other = configure("epochs=2", f"output={tmp_path / 'other'}", "save.every=7")
+    first = Finetuner(other, parallel.start("cpu"))
+
+    def stopped(learner: Learner, rate: float) -> None:
+        steps.append(rate)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        update(learner, rate)
+
+    monkeypatch.setattr(Learner, "update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    monkeypatch.setattr(Learner, "update", update)
+    second = Finetuner(other, parallel.start("cpu"))
+    assert second.run() == 0
+    for name, tensor in second.learner.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_every_row_comes_once_in_an_epoch(configure):
+    feed = Finetuner(configure(), parallel.start("cpu")).feed
+    seen = []
+    for _ in range(20):
+        batches = feed.take(0.0, 16, 8)
+        assert [batch.rows for batch in batches] == [8, 8]
+        seen += [row.example for batch in batches for row in batch.source]
+        feed.done(16, 0)
+    assert sorted(seen[:160]) == sorted(seen[160:]) == list(range(160))
+    assert seen[:160] != seen[160:]
+    assert feed.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=guessing"], "task is 'guessing'; one of"),
+        (["data.train=[]"], "data.train is not given"),
+        (["length=100"], "length is 100 and the model has 64 positions"),
+        (["epochs=null"], "epochs, schedule.steps and schedule.seconds are all empty"),
+        (["data.train=[missing.tsv]"], "missing.tsv cannot be read"),
+        (["model=nowhere"], "nowhere"),
+    ],
+    ids=["task", "train", "length", "epochs", "missing", "model"],
+)
+def test_mistakes(overrides, message, configure, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        Finetuner(configure(*overrides), parallel.start("cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dev_file_with_another_label(configure, files):
+    files["dev"].write_text("text\tlabel\na film\tsplendid\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv, line 2: the label 'splendid' is not among"):
+        Finetuner(configure(), parallel.start("cpu"))
+
+
+def test_from_random_weights(configure, model_directory, draw: random.Random):
+    config = configure(f"model={model_directory / 'config.json'}", f"vocab={model_directory}", "epochs=1")
+    assert finetune(config) == 0
