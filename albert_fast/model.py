@@ -171,6 +171,19 @@ class AlbertTransformer(nn.Module):
             input_means=self.input_means,
         )
 
+    def one_pass(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """One use of the layer, without dropout: [tokens, hidden] -> [tokens, hidden]. For one group of layers."""
+        return ops.encoder(
+            hidden,
+            self._parameters_of_layers(),
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            **{**self._shape(), "num_layers": 1},
+            hidden_dropout_p=0.0,
+            attention_dropout_p=0.0,
+            seed=None,
+        )
+
     def observe_input_means(self, embedded: Tensor, batch: PackedBatch) -> Tensor:
         """What `input_means` is to be, for inputs like these."""
         hidden = self.embedding_hidden_mapping_in(embedded)

@@ -41,6 +41,7 @@ class Speech(Task):
     best = "wer"
     larger_is_better = False
     model_class = AlbertForCTC
+    reads_text = False
     labels: list[str]
 
     # ------------------------------------------------------------------------------------------------------- the data

@@ -41,17 +41,22 @@ class Task(ABC):
         best: the figure that the best checkpoint is chosen by.
         larger_is_better: whether it is to be large.
         model_class: what is trained.
+        reads_text: whether it has a tokenizer.
     """
 
     name: ClassVar[str]
     best: str
     larger_is_better: ClassVar[bool] = True
     model_class: ClassVar[Any]
+    reads_text: ClassVar[bool] = True
+    tokenizer: AlbertTokenizer
 
     def __init__(
-        self, config: FinetuneConfig, tokenizer: AlbertTokenizer, state: dict[str, Any] | None = None
+        self, config: FinetuneConfig, tokenizer: AlbertTokenizer | None, state: dict[str, Any] | None = None
     ) -> None:
-        self.config, self.data, self.length, self.tokenizer = config, config.data, config.length, tokenizer
+        self.config, self.data, self.length = config, config.data, config.length
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
         if state is not None:
             self.restore(state)
 
@@ -141,7 +146,9 @@ class Task(ABC):
         return than is None or (figure > than if self.larger_is_better else figure < than)
 
     def save(self, directory: Path) -> None:
-        """task.json: what it takes to read files and outputs again."""
+        """The vocabulary, and task.json: what it takes to read files and outputs again."""
+        if self.reads_text:
+            self.tokenizer.save_pretrained(directory)
         known = {"task": self.name, "length": self.length, "state": self.state()}
         (directory / TASK).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -175,7 +182,8 @@ def load_task(directory: Path, config: FinetuneConfig | None = None) -> Task:
         known = json.loads((directory / TASK).read_text(encoding="utf-8"))
         kind = task_class(known["task"])
         config = replace(config or FinetuneConfig(), length=known["length"])
-        return kind(config, AlbertTokenizer.from_pretrained(directory), known["state"])
+        tokenizer = AlbertTokenizer.from_pretrained(directory) if kind.reads_text else None
+        return kind(config, tokenizer, known["state"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "

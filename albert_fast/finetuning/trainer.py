@@ -38,14 +38,15 @@ class Finetuner(Loop):
 
     def __init__(self, config: FinetuneConfig, world: World) -> None:
         config.check_complete()
-        tokenizer = tokenizer_of(config)
-        self.task = task = task_class(config.task)(config, tokenizer)
+        kind = task_class(config.task)
+        tokenizer = tokenizer_of(config) if kind.reads_text else None
+        self.task = task = kind(config, tokenizer)
         examples = task.read_all(config.data.train)
         task.learn(examples)
         rows = task.rows(examples, labelled=True)
         self.held_out = task.read_all(config.data.dev)
         self.held_out_rows = task.rows(self.held_out, labelled=True)
-        shape = self._shape(config, len(tokenizer))
+        shape = self._shape(config, None if tokenizer is None else len(tokenizer))
         check(
             config.length <= shape.max_position_embeddings,
             f"length is {config.length} and the model has {shape.max_position_embeddings} positions: lower it, or "
@@ -64,15 +65,15 @@ class Finetuner(Loop):
         )
         self.metrics: dict[str, float] | None = None
 
-    def _shape(self, config: FinetuneConfig, vocab_size: int) -> AlbertConfig:
+    def _shape(self, config: FinetuneConfig, vocab_size: int | None) -> AlbertConfig:
         path, fields = Path(config.model), dict(config.overrides)
         if config.model in SHAPES:
-            shape = getattr(AlbertConfig, config.model)(2, vocab_size=vocab_size)
+            shape = getattr(AlbertConfig, config.model)(2, vocab_size=vocab_size or 1)
         else:
             shape = AlbertConfig.from_json_file(path / "config.json" if path.is_dir() else path)
         shape = AlbertConfig.from_dict({**shape.to_dict(), **fields})
         check(
-            shape.vocab_size >= vocab_size,
+            vocab_size is None or shape.vocab_size >= vocab_size,
             f"the model has {shape.vocab_size} pieces and the vocabulary {vocab_size}: give the model's own",
         )
         if config.dropout is not None:
@@ -92,7 +93,6 @@ class Finetuner(Loop):
     def _write_rest(self, directory: Path) -> None:
         architectures = [self.task.model_class.__name__]
         replace(self.shape, architectures=architectures, dtype=torch.float32).save_pretrained(directory)
-        self.task.tokenizer.save_pretrained(directory)
         self.task.save(directory)
 
     # --------------------------------------------------------------------------------------------------- of the loop
