@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
+from albert_fast.early_exit import AlbertForEarlyExit
 from albert_fast.finetuning.reading import Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task, number_of, softmax_rows
@@ -88,18 +89,19 @@ class Classification(Task):
 
     def learn(self, examples: Sequence[Example]) -> None:
         if self.data.kind == "regression":
-            self.restore({"kind": "regression", "labels": []})
+            self.restore({"kind": "regression", "labels": [], "early_exit": False})
             return
         found = {label for e in examples for label in (e.label if isinstance(e.label, list) else [e.label])}
         if len(found) < 2 and self.data.kind == "single":
             examples[0].place.refuse(f"all labels are {', '.join(found)!r}; at least two were expected")
-        self.restore({"kind": self.data.kind, "labels": sorted(found)})
+        self.restore({"kind": self.data.kind, "labels": sorted(found), "early_exit": self.config.early_exit})
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "labels": self.labels}
+        return {"kind": self.kind, "labels": self.labels, "early_exit": self.early_exit}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.kind, self.labels = state["kind"], state["labels"]
+        self.kind, self.labels, self.early_exit = state["kind"], state["labels"], state["early_exit"]
+        self.model_class = AlbertForEarlyExit if self.early_exit else AlbertForSequenceClassification
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.best = {"single": "accuracy", "multi": "f1", "regression": "spearman"}[self.kind]
 
@@ -137,7 +139,18 @@ class Classification(Task):
         return batch.rows * (len(self.labels) if self.kind == "multi" else 1)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if isinstance(model, AlbertForEarlyExit):
+            return self._loss_of_exits(model, batch)
         return self._loss(model(batch.inputs).logits.float(), batch.targets["labels"])
+
+    def _loss_of_exits(self, model: AlbertForEarlyExit, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean over the passes, each weighted by its number, as later heads can do more (Zhou et al. 2020)."""
+        losses, rights = zip(
+            *(self._loss(logits.float(), batch.targets["labels"]) for logits in model.all_logits(batch.inputs)),
+            strict=True,
+        )
+        numbers = torch.arange(1, len(losses) + 1, device=losses[0].device)
+        return (torch.stack(losses) * numbers).sum() / numbers.sum(), rights[-1]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "single":
@@ -150,6 +163,10 @@ class Classification(Task):
     # -------------------------------------------------------------------------------------------------- what it says
 
     def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
+        if isinstance(model, AlbertForEarlyExit):
+            rule = self.config.exit
+            found = model.exit_early(batch.inputs, patience=rule.patience, confidence=rule.confidence)
+            return [*zip(softmax_rows(found.logits), found.passes.tolist(), strict=True)]
         logits = model(batch.inputs).logits
         if self.kind == "single":
             return softmax_rows(logits)
@@ -159,10 +176,12 @@ class Classification(Task):
         if self.kind == "regression":
             return [{"score": output[0]} for output in outputs]
         if self.kind == "single":
+            passes = [{"passes": output[1]} for output in outputs] if self.early_exit else [{}] * len(outputs)
+            outputs = [output[0] for output in outputs] if self.early_exit else outputs
             best = [max(range(len(output)), key=output.__getitem__) for output in outputs]
             return [
-                {"label": self.labels[number], "probability": output[number]}
-                for number, output in zip(best, outputs, strict=True)
+                {"label": self.labels[number], "probability": output[number], **taken}
+                for number, output, taken in zip(best, outputs, passes, strict=True)
             ]
         return [
             {"labels": {self.labels[i]: p for i, p in enumerate(output) if p > THRESHOLD}} for output in outputs
@@ -184,7 +203,9 @@ class Classification(Task):
         if self.kind == "single":
             wanted = [example.label for example in examples]
             found = [prediction["label"] for prediction in predictions]
+            passes = [prediction["passes"] for prediction in predictions if "passes" in prediction]
             return {
+                **({"passes": sum(passes) / len(passes)} if passes else {}),
                 "accuracy": float(metrics.accuracy_score(wanted, found)),
                 "f1_macro": float(metrics.f1_score(wanted, found, average="macro", zero_division=0.0)),
                 "matthews": float(metrics.matthews_corrcoef(wanted, found)),

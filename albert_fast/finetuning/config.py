@@ -86,6 +86,19 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
+class ExitOptions:
+    """When a row of a model with early exits may leave: at most one rule; none: after the last pass.
+
+    Attributes:
+        patience: passes in a row that give the same label.
+        confidence: the label's probability.
+    """
+
+    patience: int | None = None
+    confidence: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """Evaluation on data.dev. The checkpoint that is best there is kept in OUT/best.
 
@@ -124,6 +137,8 @@ class FinetuneConfig(RunOptions):
         dropout: of the encoder; None: the model's.
         classifier_dropout: before the head; None: the model's.
         label_smoothing: of translation.
+        early_exit: of classification: train a head behind each pass.
+        exit: when rows leave such a model.
     """
 
     task: str = ""
@@ -135,6 +150,8 @@ class FinetuneConfig(RunOptions):
     dropout: float | None = None
     classifier_dropout: float | None = None
     label_smoothing: float = 0.1
+    early_exit: bool = False
+    exit: ExitOptions = field(default_factory=ExitOptions)
     data: DataOptions = field(default_factory=DataOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
@@ -155,6 +172,10 @@ class FinetuneConfig(RunOptions):
     def check_complete(self) -> None:
         """Raises ValueError where something has no value yet that has no default."""
         options.one_of("task", self.task, tuple(TASKS))
+        check(
+            not self.early_exit or (self.task == "classification" and self.data.kind == "single"),
+            "early_exit is for classification with one label each (data.kind=single)",
+        )
         check(bool(self.output), "output is not given: the directory of the run, such as -o runs/mine")
         check(bool(self.model), "model is not given: a checkpoint's directory (--model DIR)")
         check(bool(self.data.train), "data.train is not given: a file of labelled examples (--train FILE)")

@@ -81,18 +81,18 @@ def rng_torch(seed):
 
 def test_figures():
     task = Classification.__new__(Classification)
-    task.restore({"kind": "single", "labels": ["n", "p"]})
+    task.restore({"kind": "single", "labels": ["n", "p"], "early_exit": False})
     examples = [Example(HERE, "", None, label) for label in "pppnn"]
     said = [{"label": label} for label in "ppnnp"]
     figures = task.metrics(examples, said)
     # 2 of 3, 1 of 2; (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2)
     assert figures == pytest.approx({"accuracy": 0.6, "f1_macro": (2 / 3 + 1 / 2) / 2, "matthews": 1 / 6})
-    task.restore({"kind": "regression", "labels": []})
+    task.restore({"kind": "regression", "labels": [], "early_exit": False})
     examples = [Example(HERE, "", None, value) for value in (1.0, 2.0, 4.0)]
     figures = task.metrics(examples, [{"score": value} for value in (1.0, 3.0, 5.0)])
     assert figures["spearman"] == pytest.approx(1)
     assert figures["mean_squared_error"] == pytest.approx(2 / 3)
-    task.restore({"kind": "multi", "labels": ["a", "b"]})
+    task.restore({"kind": "multi", "labels": ["a", "b"], "early_exit": False})
     examples = [Example(HERE, "", None, labels) for labels in (["a"], ["a", "b"], [])]
     figures = task.metrics(examples, [{"labels": labels} for labels in ({"a"}, {"a"}, {"b"})])
     assert figures["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
@@ -123,3 +123,21 @@ def test_a_label_that_training_does_not_have(model_directory, draw):
     task.learn(examples_of(draw, ["x", "y"]))
     with pytest.raises(DataError, match=r"here, line 1: the label 'w' is not among those of the training data: x, y"):
         task.rows(examples_of(draw, ["w"]), labelled=True)
+
+
+def test_the_loss_of_early_exits(model_directory, draw):
+    """Heads that are alike after passes that are alike would all count: here each by its number."""
+    config = FinetuneConfig(length=32, early_exit=True)
+    task = Classification(config, AlbertTokenizer.from_pretrained(model_directory))
+    examples = examples_of(draw, ["x", "y", "z", "y"])
+    task.learn(examples)
+    shape = AlbertConfig.from_pretrained(model_directory)
+    task.configure(shape)
+    model = task.model_class.from_pretrained(model_directory, config=shape).eval()
+    batch = pack(task.rows(examples, labelled=True), task.collate)
+    loss, _ = task.loss(model, batch)
+    first, second = (F.cross_entropy(logits, batch.targets["labels"], reduction="sum") for logits in model.all_logits(batch.inputs))
+    torch.testing.assert_close(loss, (first + 2 * second) / 3)
+    said = task.predictions(examples, batch.source, task.outputs(model, batch))
+    assert [each["passes"] for each in said] == [2] * 4
+    assert task.metrics(examples, said)["passes"] == 2

@@ -149,3 +149,17 @@ def test_a_dev_file_with_another_label(configure, files):
 def test_from_random_weights(configure, model_directory, draw: random.Random):
     config = configure(f"model={model_directory / 'config.json'}", f"vocab={model_directory}", "epochs=1")
     assert finetune(config) == 0
+
+
+def test_early_exits(configure, files, tmp_path):
+    """A rule that is easily met lets rows go after the first pass, at little or no cost here."""
+    assert finetune(configure("early_exit=true")) == 0
+    best = tmp_path / "run" / "best"
+    whole = Pipeline(best, device="cpu").evaluate([str(files["dev"])])
+    assert whole["passes"] == 2
+    early = Pipeline(best, config=CONFIGURATION.parse(None, ["exit.confidence=0.51"]), device="cpu")
+    figures = early.evaluate([str(files["dev"])])
+    assert figures["passes"] < 1.5
+    assert figures["accuracy"] > 0.7
+    with pytest.raises(ValueError, match="early_exit is for classification"):
+        finetune(configure("early_exit=true", "data.kind=multi", f"output={tmp_path / 'other'}"))
