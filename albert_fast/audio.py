@@ -49,8 +49,8 @@ def normalized(features: Tensor) -> Tensor:
 
 
 def spec_augment(features: Tensor, bands: int, share: float, times: int = 2) -> Tensor:
-    """Features [frames, bins] with `times` stripes of up to `bands` bins and of up to `share` of the frames set to 0, the
-    mean (Park et al. 2019, SpecAugment). Draws from torch's generator."""
+    """Features [frames, bins] with `times` stripes of up to `bands` bins and of up to `share` of the frames set to 0,
+    the mean (Park et al. 2019, SpecAugment). Draws from torch's generator."""
     features = features.clone()
     frames, bins = features.shape
     for dimension, most in ((1, min(bands, bins)), (0, int(share * frames))):

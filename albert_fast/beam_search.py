@@ -22,8 +22,8 @@ def beam_search(
 ) -> list[list[int]]:
     """The best sequence of each batch row, without `begin` and `end`.
 
-    A row is done when num_beams sequences have ended and the best open one, were it to end now, is not better than all of
-    them; or at its most tokens, where open ones count as they are.
+    A row is done when num_beams sequences have ended and the best open one, were it to end now, is not better than all
+    of them; or at its most tokens, where open ones count as they are.
 
     Args:
         scores: scores(ids, place): log-probabilities [batch_size * num_beams, vocab] of what follows `ids`, each row's

@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Keeps the checkpoint that is best on --dev in OUT/best. `torchrun --nproc-per-node N -m "
         "albert_fast.cli finetune …` does so in several processes.",
     )
-    finetune.add_argument("task", nargs="?", metavar="TASK", help="classification, tagging, answering, choice, translation, speech")
+    finetune.add_argument(
+        "task", nargs="?", metavar="TASK", help="classification, tagging, answering, choice, translation, speech"
+    )
     finetune.add_argument("--set", nargs="+", default=[], metavar="key=value", help="such as epochs=5; see --keys")
     finetune.add_argument("--model", metavar="DIR", help="a checkpoint with its vocabulary, or a config.json")
     finetune.add_argument("--train", nargs="+", metavar="FILE", help="labelled examples")
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((evaluate, _evaluate), (predict, _predict)):
         command.add_argument("model", help="a directory that `albert-fast finetune` wrote, such as OUT/best")
         command.add_argument("files", nargs="+", metavar="FILE", help="of the task's format")
-        command.add_argument("-o", "--output", metavar="FILE", help="where to write; the standard output when not given")
+        command.add_argument("-o", "--output", metavar="FILE", help="where to write; standard output when not given")
         command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="such as data.text=1")
         command.add_argument("--device", default=None, help="cpu, cuda …; a GPU where there is one when not given")
         command.set_defaults(run=run)

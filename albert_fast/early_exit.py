@@ -48,7 +48,7 @@ class AlbertForEarlyExit(AlbertForSequenceClassification):
         super().__init__(config)
         check(
             config.num_hidden_groups == 1,
-            f"config.num_hidden_groups is {config.num_hidden_groups}; 1 was expected: every pass has to be the same layer",
+            f"config.num_hidden_groups is {config.num_hidden_groups}; 1 was expected, the same layer in each pass",
         )
         passes = config.num_hidden_layers
         self.exits = nn.ModuleList([nn.Linear(config.hidden_size, config.num_labels) for _ in range(passes - 1)])
@@ -70,9 +70,7 @@ class AlbertForEarlyExit(AlbertForSequenceClassification):
         return self.heads()[number](self.dropout(pooled))
 
     @torch.no_grad()
-    def exit_early(
-        self, batch: PackedBatch, *, patience: int | None = None, confidence: float | None = None
-    ) -> Exits:
+    def exit_early(self, batch: PackedBatch, *, patience: int | None = None, confidence: float | None = None) -> Exits:
         """Lets each row go as soon as it may; without a rule all rows take all passes.
 
         Raises:
@@ -84,7 +82,7 @@ class AlbertForEarlyExit(AlbertForSequenceClassification):
             confidence is None or 0 < confidence <= 1,
             f"confidence is {confidence}; a probability above 0 was expected",
         )
-        check(not self.training, "the model is in training: call eval() first, as dropout is no reason to stay or to go")
+        check(not self.training, "the model is in training: call eval() first, dropout is no reason to stay or to go")
         encoder, passes = self.albert.encoder, self.config.num_hidden_layers
         hidden = encoder.embedding_hidden_mapping_in(self.albert.embeddings(batch, None))
         logits = hidden.new_empty(batch.batch_size, self.num_labels)

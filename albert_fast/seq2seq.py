@@ -2,8 +2,8 @@
 
 The decoder's block is used `num_decoder_layers` times (a key of config.json; as often as the encoder's when missing).
 Sharing a decoder's layers costs little (Dabre & Fujita 2019, arXiv 1807.05353), and buys what others cannot have: the
-memory and the projections that read it are the same in each pass, so that cross-attention's keys and values are computed
-once for a source, not once a pass. Only self-attention needs a cache for each pass.
+memory and the projections that read it are the same in each pass, so that cross-attention's keys and values are
+computed once for a source, not once a pass. Only self-attention needs a cache for each pass.
 
 Embeddings, and the head that predicts words, are those of the encoder. Rows are packed on both sides.
 """
@@ -177,7 +177,12 @@ class AlbertDecoder(nn.Module):
         seed: Tensor | None,
         site: int,
     ) -> Tensor:
-        """One pass. attend: fused projection [tokens, 3 hidden] -> [tokens, hidden]; read: queries -> [tokens, hidden]."""
+        """One pass.
+
+        Args:
+            attend: fused projection [tokens, 3 hidden] -> [tokens, hidden].
+            read: queries [tokens, hidden] -> [tokens, hidden].
+        """
         layer, own, cross = self.layer, self.layer.attention, self.layer.cross_attention
         projections = (own.query, own.key, own.value)
         weight = torch.cat([each.weight for each in projections])
@@ -262,9 +267,7 @@ class AlbertForSeq2SeqLM(AlbertPreTrainedModel):
         seed = None
         if self.training:
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source.device)
-        hidden = self.decoder(
-            self.albert.embeddings(target, seed), target, self.decoder.memory(encoded, source), seed
-        )
+        hidden = self.decoder(self.albert.embeddings(target, seed), target, self.decoder.memory(encoded, source), seed)
         loss = logits = None
         head = self.predictions
         if labels is not None:
@@ -312,8 +315,8 @@ class AlbertForSeq2SeqLM(AlbertPreTrainedModel):
 
         Args:
             num_beams: kept in each step; 1 is greedy.
-            length_penalty: a finished target's log-probability is divided by ((5 + length) / 6) to this power (Wu et al.
-                2016, section 7).
+            length_penalty: a finished target's log-probability is divided by ((5 + length) / 6) to this power (Wu et
+                al. 2016, section 7).
             max_length: most tokens of a target, or of each one; None: twice the source's and 10 more, and never beyond
                 the model's positions.
         """

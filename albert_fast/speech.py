@@ -1,12 +1,13 @@
 """AlbertForCTC: speech recognition with one shared layer.
 
 Log-mel features, two convolutions that halve the time twice, sinusoidal positions, the shared layer L times, and
-connectionist temporal classification (Graves et al. 2006). What is classified is a learned sum of all passes' states: in
-an ALBERT of speech the inner passes know more of the phones than the last one (Chi et al. 2020, arXiv 2005.08575).
+connectionist temporal classification (Graves et al. 2006). What is classified is a learned sum of all passes' states:
+in an ALBERT of speech the inner passes know more of the phones than the last one (Chi et al. 2020, arXiv 2005.08575).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ def encoded_length(frames: int) -> int:
 
 def needed_length(labels: Sequence[int]) -> int:
     """Encoded frames that CTC needs at least: one for each label, and a blank between equal ones."""
-    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
+    return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
 
 
 class FrontEnd(nn.Module):
@@ -139,8 +140,8 @@ class AlbertForCTC(AlbertPreTrainedModel):
                 need = needed_length(wanted)
                 check(
                     length >= need,
-                    f"utterance {number} has {length} encoded frames and its {len(wanted)} labels need {need}: it is too "
-                    "short for CTC",
+                    f"utterance {number} has {length} encoded frames and its {len(wanted)} labels need {need}: it is "
+                    "too short for CTC",
                 )
         features = [normalized(each[:size]) for each, size in zip(batch.features, batch.frames, strict=True)]
         if self.training:
@@ -189,20 +190,30 @@ def prefix_beam(log_probs: Tensor, beams: int, least: float = -12.0) -> list[int
         following: dict[tuple[int, ...], tuple[float, float]] = {}
 
         def add(
-            prefix: tuple[int, ...], blank: float, last: float, into: dict[tuple[int, ...], tuple[float, float]] = following
+            prefix: tuple[int, ...],
+            blank: float,
+            last: float,
+            into: dict[tuple[int, ...], tuple[float, float]] = following,
         ) -> None:
             before = into.get(prefix, (minus, minus))
             into[prefix] = _log_add(before[0], blank), _log_add(before[1], last)
 
         for prefix, (blank, last) in states.items():
             both = _log_add(blank, last)
-            add(prefix, both + frame[BLANK], last + frame[prefix[-1]] if prefix else minus)
+            _add(following, prefix, both + frame[BLANK], last + frame[prefix[-1]] if prefix else minus)
             for label in tried:
                 repeated = bool(prefix) and prefix[-1] == label
-                add((*prefix, label), minus, (blank if repeated else both) + frame[label])
+                _add(following, (*prefix, label), minus, (blank if repeated else both) + frame[label])
         kept = sorted(following.items(), key=lambda item: _log_add(*item[1]), reverse=True)
         states = dict(kept[:beams])
     return list(max(states, key=lambda prefix: _log_add(*states[prefix])))
+
+
+def _add(
+    states: dict[tuple[int, ...], tuple[float, float]], prefix: tuple[int, ...], blank: float, last: float
+) -> None:
+    before = states.get(prefix, (-math.inf, -math.inf))
+    states[prefix] = _log_add(before[0], blank), _log_add(before[1], last)
 
 
 def _log_add(a: float, b: float) -> float:

@@ -16,7 +16,8 @@ def sound(rng: np.random.Generator, rate: int, seconds: float) -> np.ndarray:
     """Some tones that come and go, and noise."""
     time = np.arange(int(rate * seconds)) / rate
     tones = sum(
-        rng.uniform(0.02, 0.2) * np.sin(2 * np.pi * rng.uniform(60, rate / 2) * time + rng.uniform(0, 6))
+        rng.uniform(0.02, 0.2)
+        * np.sin(2 * np.pi * rng.uniform(60, rate / 2) * time + rng.uniform(0, 6))
         * (0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(1, 6) * time))
         for _ in range(5)
     )

@@ -82,7 +82,7 @@ def test_bad_arguments(model, rng):
         model.exit_early(batch, patience=1, confidence=0.5)
     with pytest.raises(ValueError, match="patience is 0"):
         model.exit_early(batch, patience=0)
-    with pytest.raises(ValueError, match="confidence is 1.5"):
+    with pytest.raises(ValueError, match=r"confidence is 1\.5"):
         model.exit_early(batch, confidence=1.5)
     with pytest.raises(ValueError, match="the model is in training"):
         model.train().exit_early(batch, patience=1)

@@ -44,7 +44,11 @@ def plain(model: AlbertForSeq2SeqLM, source: list[int], target: list[int]) -> Te
     encoded = model.albert(torch.tensor([source]), return_dict=True).last_hidden_state[0]
     tables, decoder = model.albert.embeddings, model.decoder
     ids = torch.tensor(target)
-    x = tables.word_embeddings(ids) + tables.position_embeddings.weight[: len(ids)] + tables.token_type_embeddings.weight[0]
+    x = (
+        tables.word_embeddings(ids)
+        + tables.position_embeddings.weight[: len(ids)]
+        + tables.token_type_embeddings.weight[0]
+    )
     x = decoder.embedding_hidden_mapping_in(tables.LayerNorm(x))
     layer, heads = decoder.layer, model.config.num_attention_heads
 
@@ -110,7 +114,7 @@ def test_smoothing_is_pytorchs(rng, seed):
 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_generation_says_what_forward_says(beams, rng, seed):
-    """Step by step with the cache, each token's score is the whole target's: greedy takes the best, a beam's sum is it."""
+    """Step by step with the cache, each token's score is what the whole target gives."""
     model = make_model(seed % 1000)
     sources = rows(rng, [7, 3, 12, 5])
     found = model.generate(PackedBatch.from_sequences(sources), num_beams=beams, max_length=9, length_penalty=0.0)

@@ -6,8 +6,8 @@ answer has its target at [CLS], and so has a question without one; over the wind
 score is the least that any window gives [CLS]. A token is taken for an answer only in the window where it has the most
 context on both sides.
 
-Figures are the official script's: exact match and F1 of the words of the best of the given answers, lower-cased, without
-articles and punctuation.
+Figures are the official script's: exact match and F1 of the words of the best of the given answers, lower-cased,
+without articles and punctuation.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Answering(Task):
                         start, text = answer["answer_start"], answer["text"]
                         if context[start : start + len(text)] != text:
                             stands = context[start : start + len(text)]
-                            place.refuse(f"the answer {text!r} is to begin at character {start}, where {stands!r} stands")
+                            place.refuse(
+                                f"the answer {text!r} is to begin at character {start}, where {stands!r} stands"
+                            )
                     texts = tuple(answer["text"] for answer in found)
                     start = found[0]["answer_start"] if found else 0
                     yield Question(place, entry["id"], entry["question"], context, texts, start)

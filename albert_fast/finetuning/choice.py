@@ -1,8 +1,8 @@
 """Which of several choices fits: a context, a question and some answers (RACE, SWAG).
 
-Each choice becomes a row, [CLS] context [SEP] question choice [SEP], whose pooled output gives one score; the softmax is
-over a question's choices (google-research/albert, race_utils.py: question and choice at most 128 tokens together). Rows
-have no padding, so that long and short choices cost what they are.
+Each choice becomes a row, [CLS] context [SEP] question choice [SEP], whose pooled output gives one score; the softmax
+is over a question's choices (google-research/albert, race_utils.py: question and choice at most 128 tokens together).
+Rows have no padding, so that long and short choices cost what they are.
 """
 
 from __future__ import annotations

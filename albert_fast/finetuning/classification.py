@@ -76,7 +76,9 @@ class Classification(Task):
         if kind == "multi":
             parts = value.split(self.data.separator) if isinstance(value, str) else value
             if not isinstance(parts, list):
-                record.place.refuse(f"the label is {value!r}; a list, or a text with {self.data.separator!r}, was expected")
+                record.place.refuse(
+                    f"the label is {value!r}; a list, or a text with {self.data.separator!r}, was expected"
+                )
             return [str(part).strip() for part in parts if str(part).strip()]
         if isinstance(value, list | dict) or value is None or not str(value).strip():
             record.place.refuse(f"the label is {value!r}; a text was expected")
@@ -183,9 +185,7 @@ class Classification(Task):
                 {"label": self.labels[number], "probability": output[number], **taken}
                 for number, output, taken in zip(best, outputs, passes, strict=True)
             ]
-        return [
-            {"labels": {self.labels[i]: p for i, p in enumerate(output) if p > THRESHOLD}} for output in outputs
-        ]
+        return [{"labels": {self.labels[i]: p for i, p in enumerate(output) if p > THRESHOLD}} for output in outputs]
 
     def metrics(self, examples: Sequence[Example], predictions: Sequence[Any]) -> dict[str, float]:
         from sklearn import metrics

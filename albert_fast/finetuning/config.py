@@ -14,7 +14,14 @@ from typing import Any
 from albert_fast.ops.checks import check
 from albert_fast.training import options
 from albert_fast.training.configuration import Configuration
-from albert_fast.training.options import LogOptions, OptimizerOptions, RunOptions, SaveOptions, ScheduleOptions, at_least
+from albert_fast.training.options import (
+    LogOptions,
+    OptimizerOptions,
+    RunOptions,
+    SaveOptions,
+    ScheduleOptions,
+    at_least,
+)
 
 # The file and the class of each.
 TASKS = {

@@ -94,8 +94,8 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                 for column in columns:
                     if column not in row:
                         place.refuse(
-                            f"the header has {', '.join(map(repr, row))} and no {column!r}: name the columns, or number "
-                            "them from 0 where there is no header (data.text=1 data.label=0)"
+                            f"the header has {', '.join(map(repr, row))} and no {column!r}: name the columns, or "
+                            "number them from 0 where there is no header (data.text=1 data.label=0)"
                         )
                 continue
         if len(row) != len(header):

@@ -100,7 +100,9 @@ class Feed:
         tokens: given out so far, on all ranks.
     """
 
-    def __init__(self, rows: Sequence[Row], pack: Callable[[Sequence[Row]], Batch], seed: int, *, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, rows: Sequence[Row], pack: Callable[[Sequence[Row]], Batch], seed: int, *, rank: int = 0, ranks: int = 1
+    ) -> None:
         check(len(rows) > 0, "data.train has no example")
         self.rows, self.pack, self.seed, self.rank, self.ranks = rows, pack, seed, rank, ranks
         self.row = self.tokens = 0

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
-
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.objective import TaskObjective
 from albert_fast.finetuning.reading import Place

@@ -74,16 +74,15 @@ class Speech(Task):
         rows = []
         for number, example in enumerate(examples):
             features = self._features(example)
-            target = None
+            target, size = None, encoded_length(len(features))
             if labelled:
                 target = [number_of(character, self.numbers, example.place) for character in example.text or ""]
                 need = needed_length(target)
-                if encoded_length(len(features)) < need:
+                if size < need:
                     example.place.refuse(
-                        f"{example.path} has {encoded_length(len(features))} frames of 40 ms and its text needs {need}: it is "
-                        "too short for CTC, or the text is another's"
+                        f"{example.path} has {size} frames of 40 ms and its text needs {need}: it is too short for "
+                        "CTC, or the text is another's"
                     )
-            size = encoded_length(len(features))
             rows.append(Row([0] * size, [0] * size, target, number, features))
         return rows
 
@@ -93,7 +92,9 @@ class Speech(Task):
         except ValueError as error:
             example.place.refuse(str(error))
         if len(samples) < self.rate * WINDOW:
-            example.place.refuse(f"{example.path} has {len(samples)} samples, less than a frame of {WINDOW * 1000:g} ms")
+            example.place.refuse(
+                f"{example.path} has {len(samples)} samples, less than a frame of {WINDOW * 1000:g} ms"
+            )
         return log_mel(samples, self.rate, self.bins)
 
     @property

@@ -62,7 +62,9 @@ class Tagging(Task):
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         rows = []
         for number, sentence in enumerate(examples):
-            numbers = [number_of(each, self.numbers, sentence.place) for each in sentence.labels or ()] if labelled else None
+            numbers = (
+                [number_of(each, self.numbers, sentence.place) for each in sentence.labels or ()] if labelled else None
+            )
             encoded = self.tokenizer(
                 sentence.words, is_split_into_words=True, add_special_tokens=False, return_word_ids=True
             )
@@ -109,9 +111,7 @@ class Tagging(Task):
         for row, output in zip(rows, outputs, strict=True):
             for place, word in row.extra:
                 found[row.example][word] = self.labels[output[place]]
-        return [
-            {"words": sentence.words, "labels": labels} for sentence, labels in zip(examples, found, strict=True)
-        ]
+        return [{"words": sentence.words, "labels": labels} for sentence, labels in zip(examples, found, strict=True)]
 
     def metrics(self, examples: Sequence[Sentence], predictions: Sequence[Any]) -> dict[str, float]:
         wanted = [sentence.labels or [] for sentence in examples]

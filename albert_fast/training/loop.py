@@ -1,11 +1,11 @@
 """The training loop, whatever is trained: in one process or many, from its start or from a checkpoint.
 
 A step takes `batch.size` rows in micro-batches. What its losses are divided by is counted over all ranks before the
-first backward, so that each micro-batch's sums are divided once by the counts of the whole step: accumulation, ranks and
-ragged rows give the gradient of one big batch. What a step computes is a function of the weights and of (seed, epoch,
-row, step): the examples and dropout's seeds are drawn from these and from no generator's state, so that a run that goes
-on from a checkpoint gives the same bits as one that was never interrupted (with the same number of processes and
-threads, and a budget of steps: seconds are not the same twice).
+first backward, so that each micro-batch's sums are divided once by the counts of the whole step: accumulation, ranks
+and ragged rows give the gradient of one big batch. What a step computes is a function of the weights and of (seed,
+epoch, row, step): the examples and dropout's seeds are drawn from these and from no generator's state, so that a run
+that goes on from a checkpoint gives the same bits as one that was never interrupted (with the same number of processes
+and threads, and a budget of steps: seconds are not the same twice).
 """
 
 from __future__ import annotations

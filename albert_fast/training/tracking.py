@@ -196,9 +196,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     try:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path.parent} has no {LOG}; the directory of a run was expected"
-        ) from None
+        raise ValueError(f"{path.parent} has no {LOG}; the directory of a run was expected") from None
     records: list[tuple[dict[str, Any], bytes]] = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 RATE = 8000
 
 

@@ -18,7 +18,10 @@ HERE = Place(Path("here"), 1)
 
 
 def task_of(directory, length=32, stride=8, **data) -> Answering:
-    return Answering(FinetuneConfig(length=length, data=DataOptions(stride=stride, **data)), AlbertTokenizer.from_pretrained(directory))
+    return Answering(
+        FinetuneConfig(length=length, data=DataOptions(stride=stride, **data)),
+        AlbertTokenizer.from_pretrained(directory),
+    )
 
 
 def questions(draw, count: int) -> list[Question]:
@@ -154,7 +157,7 @@ def test_files(model_directory, tmp_path):
     assert (example.id, example.answers, example.start) == ("q7", ("Ada",), 7)
     (example,) = task.read_all([str(squad(tmp_path, {"text": "Ada", "answer_start": 7}, is_impossible=True))])
     assert example.answers == ()
-    with pytest.raises(DataError, match=r"question q7: the answer 'Ada' is to begin at character 6, where ' Ad' stands"):
+    with pytest.raises(DataError, match=r"question q7: the answer 'Ada' is to begin at character 6, where ' Ad'"):
         task.read_all([str(squad(tmp_path, {"text": "Ada", "answer_start": 6}))])
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(DataError, match="is not SQuAD's JSON"):

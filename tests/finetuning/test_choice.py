@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import AlbertConfig, AlbertForMultipleChoice, AlbertTokenizer
+from albert_fast import AlbertForMultipleChoice, AlbertTokenizer
 from albert_fast.finetuning.choice import Choice, Question
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
@@ -73,7 +73,10 @@ def test_questions_of_different_numbers_of_choices(model_directory, draw):
 
 def test_files(model_directory, tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [{"context": "c", "question": "q", "choices": ["x", "y"], "label": "B"}, {"choices": ["x", "y"], "label": 0}]
+    lines = [
+        {"context": "c", "question": "q", "choices": ["x", "y"], "label": "B"},
+        {"choices": ["x", "y"], "label": 0},
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     task = task_of(model_directory)
     assert [(e.context, e.choices, e.label) for e in task.read_all([str(path)])] == [

@@ -19,13 +19,13 @@ HERE = Place(Path("here"), 1)
 
 
 def task_of(directory, **data) -> Classification:
-    return Classification(FinetuneConfig(length=32, data=DataOptions(**data)), AlbertTokenizer.from_pretrained(directory))
+    return Classification(
+        FinetuneConfig(length=32, data=DataOptions(**data)), AlbertTokenizer.from_pretrained(directory)
+    )
 
 
 def examples_of(draw, labels, pair=False) -> list[Example]:
-    return [
-        Example(HERE, sentence(draw, True), sentence(draw, False) if pair else None, label) for label in labels
-    ]
+    return [Example(HERE, sentence(draw, True), sentence(draw, False) if pair else None, label) for label in labels]
 
 
 def model_of(task: Classification, directory: Path) -> AlbertForSequenceClassification:
@@ -52,7 +52,11 @@ def test_rows_of_pairs(model_directory, draw):
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
 def test_losses(kind, model_directory, draw, rng_torch):
     """Summed; divided by the number of targets, they are the model's own."""
-    labels = {"single": ["x", "y", "z", "y"], "multi": [["x"], [], ["y", "z"], ["z"]], "regression": [1.0, -2.0, 0.5, 3.0]}
+    labels = {
+        "single": ["x", "y", "z", "y"],
+        "multi": [["x"], [], ["y", "z"], ["z"]],
+        "regression": [1.0, -2.0, 0.5, 3.0],
+    }
     task = task_of(model_directory, kind=kind)
     examples = examples_of(draw, labels[kind])
     task.learn(examples)
@@ -136,7 +140,9 @@ def test_the_loss_of_early_exits(model_directory, draw):
     model = task.model_class.from_pretrained(model_directory, config=shape).eval()
     batch = pack(task.rows(examples, labelled=True), task.collate)
     loss, _ = task.loss(model, batch)
-    first, second = (F.cross_entropy(logits, batch.targets["labels"], reduction="sum") for logits in model.all_logits(batch.inputs))
+    first, second = (
+        F.cross_entropy(logits, batch.targets["labels"], reduction="sum") for logits in model.all_logits(batch.inputs)
+    )
     torch.testing.assert_close(loss, (first + 2 * second) / 3)
     said = task.predictions(examples, batch.source, task.outputs(model, batch))
     assert [each["passes"] for each in said] == [2] * 4

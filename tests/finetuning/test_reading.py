@@ -18,7 +18,7 @@ def test_tables(tmp_path):
     header.write_text('text\tlabel\nsay "so"\t1\n\nand\t0\n')
     assert table(header) == [{"text": 'say "so"', "label": "1"}, {"text": "and", "label": "0"}]
     numbered = tmp_path / "b.tsv.gz"
-    numbered.write_bytes(gzip.compress("1\ta b\n0\tc\r\n".encode()))
+    numbered.write_bytes(gzip.compress(b"1\ta b\n0\tc\r\n"))
     assert table(numbered, ["1", "0"]) == [{"0": "1", "1": "a b"}, {"0": "0", "1": "c"}]
     quoted = tmp_path / "c.csv"
     quoted.write_text('label,text\nx,"two\nlines, ""and"" more"\ny,z\n', encoding="utf-8-sig")

@@ -34,7 +34,7 @@ def test_labels_stand_at_first_pieces(model_directory, draw):
     assert task.labels == ["B", "G", "N"]
     rows = task.rows(examples, labelled=True)
     assert len(rows) > 30  # long ones became several
-    seen = [dict() for _ in examples]
+    seen = [{} for _ in examples]
     for row in rows:
         assert len(row.input_ids) == len(row.token_type_ids) == len(row.target) <= 24
         assert (row.input_ids[0], row.input_ids[-1]) == (task.tokenizer.cls_token_id, task.tokenizer.sep_token_id)

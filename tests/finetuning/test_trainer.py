@@ -22,7 +22,7 @@ def files(tmp_path, draw) -> dict[str, Path]:
     """Sentences that are good or bad: 160 to train on, 60 to evaluate on."""
     found = {}
     for name, count in (("train", 160), ("dev", 60)):
-        lines = [f"{sentence(draw, bool(i % 2))}\t{'bad good'.split()[i % 2]}" for i in range(count)]
+        lines = [f"{sentence(draw, bool(i % 2))}\t{['bad', 'good'][i % 2]}" for i in range(count)]
         found[name] = tmp_path / f"{name}.tsv"
         found[name].write_text("\n".join(["text\tlabel", *lines]) + "\n")
     return found

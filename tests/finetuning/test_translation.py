@@ -62,7 +62,7 @@ def test_losses(model_directory, draw):
 
 
 def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
-    """"good" or "bad", as the source says."""
+    """ "good" or "bad", as the source says."""
     files = {}
     for name, count in (("train", 200), ("dev", 30)):
         kinds = [bool(i % 2) for i in range(count)]
