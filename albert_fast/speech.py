@@ -188,16 +188,6 @@ def prefix_beam(log_probs: Tensor, beams: int, least: float = -12.0) -> list[int
     for frame in log_probs.tolist():
         tried = [label for label, score in enumerate(frame) if score > least and label != BLANK]
         following: dict[tuple[int, ...], tuple[float, float]] = {}
-
-        def add(
-            prefix: tuple[int, ...],
-            blank: float,
-            last: float,
-            into: dict[tuple[int, ...], tuple[float, float]] = following,
-        ) -> None:
-            before = into.get(prefix, (minus, minus))
-            into[prefix] = _log_add(before[0], blank), _log_add(before[1], last)
-
         for prefix, (blank, last) in states.items():
             both = _log_add(blank, last)
             _add(following, prefix, both + frame[BLANK], last + frame[prefix[-1]] if prefix else minus)

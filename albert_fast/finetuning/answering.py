@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
 from albert_fast.model import AlbertForQuestionAnswering
+from albert_fast.span_head import AlbertForSpanQuestionAnswering
 
 MOST_QUESTION, MOST_ANSWER, CANDIDATES = 64, 30, 20
 
@@ -62,6 +64,7 @@ class Answering(Task):
     best = "f1"
     model_class = AlbertForQuestionAnswering
     nulls = False
+    head = "plain"
 
     # ------------------------------------------------------------------------------------------------------- the data
 
@@ -98,13 +101,14 @@ class Answering(Task):
         return Question(place, str(place.line), question, context)
 
     def learn(self, examples: Sequence[Question]) -> None:
-        self.nulls = any(not example.answers for example in examples)
+        self.restore({"nulls": any(not example.answers for example in examples), "head": self.data.head})
 
     def state(self) -> dict[str, Any]:
-        return {"nulls": self.nulls}
+        return {"nulls": self.nulls, "head": self.head}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.nulls = state["nulls"]
+        self.nulls, self.head = state["nulls"], state["head"]
+        self.model_class = AlbertForQuestionAnswering if self.head == "plain" else AlbertForSpanQuestionAnswering
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
         rows = []
@@ -146,8 +150,10 @@ class Answering(Task):
         return batch.rows
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        outputs = model(batch.inputs)
         start, end = batch.targets["start_positions"], batch.targets["end_positions"]
+        if isinstance(model, AlbertForSpanQuestionAnswering):
+            return model.losses(batch.inputs, start, end, start == 0)
+        outputs = model(batch.inputs)
         starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
         loss = (F.cross_entropy(starts, start, reduction="sum") + F.cross_entropy(ends, end, reduction="sum")) / 2
         return loss, ((starts.argmax(1) == start) & (ends.argmax(1) == end)).sum()
@@ -156,6 +162,8 @@ class Answering(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
         """The best spans of each row, as (score, start, end) in characters, and the score of [CLS]."""
+        if isinstance(model, AlbertForSpanQuestionAnswering):
+            return _read_spans(model, batch)
         outputs = model(batch.inputs)
         starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
         return [_best_spans(row.extra, starts[i], ends[i]) for i, row in enumerate(batch.source)]
@@ -171,7 +179,8 @@ class Answering(Task):
             best = sorted(found, reverse=True)[:CANDIDATES]
             texts = [{"text": example.context[a:b], "score": score} for score, a, b in best]
             answer = texts[0]["text"] if texts else ""
-            difference = null - best[0][0] if best else 0.0
+            # The original's head tells by itself whether there is an answer.
+            difference = null if self.head == "v2" else null - best[0][0] if best else 0.0
             if self.nulls and difference > self.data.null_threshold:
                 answer = ""
             said.append({"id": example.id, "answer": answer, "null_score": difference, "candidates": texts})
@@ -232,6 +241,25 @@ def _best_spans(own: Sequence[Any], starts: Tensor, ends: Tensor) -> tuple[list[
         (score, own[i // count][1][0], own[i % count][1][1])
         for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ], null
+
+
+def _read_spans(model: AlbertForSpanQuestionAnswering, batch: Batch) -> list[Any]:
+    """As `_best_spans`, of the original's head: (score, start, end) in characters, and the logit of no answer."""
+    allowed = torch.zeros(batch.rows, batch.inputs.seq_length, dtype=torch.bool, device=batch.inputs.device)
+    for row, source in enumerate(batch.source):
+        allowed[row, [place for place, _ in source.extra]] = True
+    found = model.spans(batch.inputs, allowed)
+    said = []
+    for row, source in enumerate(batch.source):
+        spans = dict(source.extra)
+        columns = (each[row].flatten().tolist() for each in (found.scores, found.starts, found.ends))
+        best = [
+            (score, spans[start][0], spans[end][1])
+            for score, start, end in zip(*columns, strict=True)
+            if score > -math.inf and end - start < MOST_ANSWER
+        ]
+        said.append((sorted(best, reverse=True)[:CANDIDATES], float(found.absent[row])))
+    return said
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

@@ -49,6 +49,7 @@ class DataOptions:
         word, tag: columns of CoNLL files, from 0; negative ones count from the end. None: 0 and -1, in .conllu 1 and
             3 (universal parts of speech).
         stride: tokens that the windows of a long paragraph share.
+        head: of answering: plain (two scores a token), or v2 (the original's for SQuAD v2).
         null_threshold: how much higher "no answer" must score than the best answer to be said.
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
         rate: samples a second that all sound is brought to.
@@ -66,6 +67,7 @@ class DataOptions:
     tag: int | None = None
     stride: int = 128
     null_threshold: float = 0.0
+    head: str = "plain"
     context: str = "context"
     question: str = "question"
     choices: str = "choices"
@@ -74,6 +76,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
+        options.one_of("data.head", self.head, ("plain", "v2"))
 
 
 @dataclass(frozen=True)

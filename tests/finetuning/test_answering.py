@@ -162,3 +162,21 @@ def test_files(model_directory, tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(DataError, match="is not SQuAD's JSON"):
         task.read_all([str(tmp_path / "a.json")])
+
+
+def test_the_originals_head(model_directory, draw):
+    """Its own logit decides whether there is an answer; what it says stands in the context."""
+    task, examples = task_of(model_directory, head="v2"), questions(draw, 8)
+    task.learn(examples)
+    model = task.model_class.from_pretrained(model_directory).eval()
+    rows = task.rows(examples, labelled=True)
+    batch = pack(rows, task.collate)
+    loss, _ = task.loss(model, batch)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    said = task.predictions(examples, rows, task.outputs(model, batch))
+    for each, example in zip(said, examples, strict=True):
+        assert (each["answer"] == "") == (each["null_score"] > 0)
+        assert all(candidate["text"] in example.context for candidate in each["candidates"])
+    again = type(task)(task.config, task.tokenizer, task.state())
+    assert again.model_class is task.model_class
