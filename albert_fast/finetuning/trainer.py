@@ -143,21 +143,22 @@ def run_rows(
         objective: a TaskObjective, or what `parallelize` made of one.
         micro: rows that a rank computes at once.
     """
-    inner = objective.module if hasattr(objective, "module") else objective
-    was_training = inner.training
-    inner.eval()
+    was_training = objective.training
+    objective.eval()
     # Rows of like length together: less is kept in memory at once.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    mine = order[world.data_rank :: world.data_ranks]
     found: dict[int, Any] = {}
     try:
-        for start in range(0, len(mine), micro):
-            numbers = mine[start : start + micro]
-            batch = task.pack([rows[i] for i in numbers]).to(world.device)
+        for start in range(0, len(rows), micro * world.data_ranks):
+            of_all = order[start : start + micro * world.data_ranks]
+            # Ranks without a row left compute one for the others' sake (FSDP's gathering), which is not kept.
+            mine = of_all[world.data_rank :: world.data_ranks]
+            batch = task.pack([rows[i] for i in mine or of_all[:1]]).to(world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
-                found.update(zip(numbers, task.outputs(inner.model, batch), strict=True))
+                said = objective(batch, True)
+            found.update(zip(mine, said, strict=bool(mine)))
     finally:
-        inner.train(was_training)
+        objective.train(was_training)
     if world.data_ranks > 1:
         parts: list[Any] = [None] * world.size
         distributed.all_gather_object(parts, found)
