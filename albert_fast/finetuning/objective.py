@@ -31,7 +31,7 @@ class TaskObjective(Objective):
         self.model, self.task = model, task
 
     def forward(self, batch: Batch, say: bool = False) -> Any:
-        """The batch's Sums; with `say` what the model says of each row, through the same door, as FSDP gathers there."""
+        """The batch's Sums; with `say` what the model says of each row: through this door, as FSDP gathers here."""
         if say:
             return self.task.outputs(self.model, batch)
         loss, right = self.task.loss(self.model, batch)
