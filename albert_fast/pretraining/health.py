@@ -190,9 +190,10 @@ def _plateau_message(progress: float, mean: float, before: float, nats: float) -
     return (
         f"{seen} the model predicts by the frequency of the words alone and does not look at the context. ALBERT "
         "trained from scratch is often seen to stay there, at a loss of 6.6 to 7.3 (huggingface/transformers issues "
-        "5984, 4727 and 10840, google-research/albert issue 29). Some runs leave it late, so more steps may do. Else "
-        "try, one at a time: another learning rate, with a warm-up (a higher one if the loss fell smoothly and stopped "
-        "here, a lower one if it jumped up first); LAMB or AdamW with a larger batch; no dropout, which small models "
-        "do not need; and look at the data: that the vocabulary is the one that made the corpus, and that the "
-        "sentence-order labels are learned or switched off."
+        "5984, 4727 and 10840, google-research/albert issue 29): random heads find the neighbors of a word late or not "
+        "at all. Begin with heads that look at them (model.initialization: neighbors). Else try, one at a time: more "
+        "steps, as some runs leave it late; another learning rate, with a warm-up (a higher one if the loss fell "
+        "smoothly and stopped here, a lower one if it jumped up first); LAMB or AdamW with a larger batch; no dropout, "
+        "which small models do not need; and look at the data: that the vocabulary is the one that made the corpus, "
+        "and that the sentence-order labels are learned or switched off."
     )

@@ -10,8 +10,9 @@ So `neighbors` sets what such a model would have to learn first, in weights that
 - The position table holds waves, cos(f p) and sin(f p) of many frequencies f, turned at random. To look d places on is
   then a rotation, which a linear map can be: query and key of a head project onto the waves, the key's turned by d, and
   the scores peak at the key that is d places from the query; d is -1, 1, -2, 2 in the first heads, at most in half of
-  them. The others stay as they are drawn and average over the row, which sentence order needs. As the layer is shared,
-  each pass looks at neighbors, and the next one at theirs.
+  them. As the layer is shared, each pass looks at neighbors, and the next one at theirs.
+- Two more heads average over one segment each, by its token type, and write aloud what they read: sentence order is a
+  comparison of the segments, and [CLS] would else be the same in all rows but for some hundredths.
 - What the layer adds to its input is divided by sqrt(2 L) (Radford et al. 2019, section 2.3), so that words and
   positions are still there in the later passes.
 - The prediction head reads the word table through the transpose of the map behind the embeddings.
@@ -23,6 +24,7 @@ Related: heads whose first weights imitate trained ones (Trockman & Kolter 2023,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ from albert_fast.ops.checks import check
 INITIALIZATIONS = ("original", "neighbors")
 OFFSETS = (-1, 1, -2, 2)
 _PEAK = 5.0  # the score at the offset, in the first pass; other places have about 0
+_SIDE = 2.0  # the score of a token of the head's segment; the other segment's have as much less than 0
+_LOUD = 1.0  # how many times longer what such a head writes is than the mean that it reads
 
 Model = AlbertForPreTraining | AlbertForMaskedLM
 
@@ -89,21 +93,29 @@ def look_at_neighbors(model: Model, unigram_losses: Tensor, seed: int) -> None:
     encoder.embedding_hidden_mapping_in.weight.copy_(into * math.sqrt(hidden / embedding))
     prediction.dense.weight.copy_(into.T * math.sqrt(embedding / hidden))
     prediction.bias.copy_(-unigram_losses)
+    types = embeddings.token_type_embeddings.weight
+    if len(types) > 1:
+        types[1] = -types[0]  # what is common to all tokens would be all that an average tells
+    segment = into @ types[0] / types[0].norm()
     # Behind the LayerNorm, a third each of words, positions and token types.
     scale = math.sqrt(_PEAK * math.sqrt(head) / (hidden / 3))
     for module in model.modules():
-        if isinstance(module, AlbertAttention):
-            _set_heads(module, scale * (into @ turned).T, frequencies, head)
         if isinstance(module, AlbertLayer):
             for branch in (module.attention.dense, module.ffn_output):
                 branch.weight.div_(math.sqrt(2 * config.num_hidden_layers))
+            local = max(1, config.num_attention_heads // 2)
+            _look_beside(module.attention, OFFSETS[:local], scale * (into @ turned).T, frequencies, head)
+            if config.num_attention_heads - local > 1 and len(types) > 1:
+                for number, sign in ((local, 1.0), (local + 1, -1.0)):
+                    _read_segment(module.attention, number, head, sign * segment, generator)
 
 
-def _set_heads(attention: AlbertAttention, waves: Tensor, frequencies: Tensor, size: int) -> None:
-    """Query and key of the first heads. waves: [2 * len(frequencies), hidden], the cosines', then the sines'."""
+def _look_beside(
+    attention: AlbertAttention, offsets: Sequence[int], waves: Tensor, frequencies: Tensor, size: int
+) -> None:
+    """The first heads. waves: [2 * len(frequencies), hidden], the cosines', then the sines'."""
     cosines, sines = waves.chunk(2)
-    heads = attention.query.out_features // size
-    for head, offset in enumerate(OFFSETS[: max(1, heads // 2)]):
+    for head, offset in enumerate(offsets):
         rows = slice(head * size, head * size + len(waves))
         turn = (frequencies * offset)[:, None]
         attention.query.weight[rows] = waves
@@ -111,6 +123,21 @@ def _set_heads(attention: AlbertAttention, waves: Tensor, frequencies: Tensor, s
         attention.key.weight[rows] = torch.cat(
             [turn.cos() * cosines + turn.sin() * sines, turn.cos() * sines - turn.sin() * cosines]
         )
+
+
+def _read_segment(
+    attention: AlbertAttention, head: int, size: int, segment: Tensor, generator: torch.Generator
+) -> None:
+    """One head averages the tokens of a segment, whoever asks. segment: [hidden], the direction of its token type."""
+    hidden = len(segment)
+    rows = slice(head * size, (head + 1) * size)
+    asked = _orthonormal(size, 1, generator)[:, 0] * math.sqrt(_SIDE * math.sqrt(size) / math.sqrt(hidden / 3))
+    attention.query.bias[rows] = asked
+    attention.key.weight[rows] += asked[:, None] * segment
+    # What all tokens of the segment have in common is not read: a constant would drown the rest.
+    chosen = torch.linalg.qr(torch.cat([segment[:, None], torch.randn(hidden, size, generator=generator)], dim=1))[0]
+    attention.value.weight[rows] = chosen[:, 1:].T
+    attention.dense.weight[:, rows] = _LOUD * _orthonormal(hidden, size, generator)
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -82,26 +82,54 @@ def test_heads_look_at_their_neighbors(changes, rng):
     assert (passes[0][:, 0, 4:-4].argmax(dim=2) - torch.arange(4, 96) == OFFSETS[0]).double().mean() < 0.2
 
 
+def test_two_heads_average_over_a_segment_each(rng):
+    """And what [CLS] has of its row is no longer some hundredths."""
+    model = neighborly(int(rng.integers(99))).eval()
+    ids, types = torch.from_numpy(rng.integers(5, 800, [12, 60])), torch.zeros(12, 60, dtype=torch.long)
+    types[:, 25:] = 1
+    with torch.no_grad():
+        output = model.albert(
+            ids, token_type_ids=types, output_attentions=True, output_hidden_states=True, return_dict=True
+        )
+    first = output.attentions[0]  # [12, 6, 60, 60]: three heads look beside
+    assert first[:, 3, :, :25].sum(-1).mean() > 0.9
+    assert first[:, 4, :, 25:].sum(-1).mean() > 0.9
+    assert 0.3 < first[:, 5, :, :25].sum(-1).mean() < 0.55  # 25 of 60
+    ids[:, 0] = 2
+
+    def of_its_row(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            states = model.albert(ids, token_type_ids=types, return_dict=True).last_hidden_state[:, 0]
+        return float((states - states.mean(0)).norm(dim=1).mean() / states.norm(dim=1).mean())
+
+    original = build_model(model.config, second_task=False, seed=1).eval()
+    assert of_its_row(model) > 0.1
+    assert of_its_row(original) < 0.05
+
+
 def test_what_neighbors_leaves_as_it_was(rng):
-    """The words, the other heads, values and the feed-forward network; what a layer adds is smaller by sqrt(2 L)."""
+    """The words, and most of the layer; what that adds is smaller by sqrt(2 L) but for the heads that read segments."""
     seed = int(rng.integers(99))
     model = neighborly(seed)
     before = dict(build_model(model.config, second_task=False, seed=seed).named_parameters())
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    parts = ("query.weight", "query.bias", "key.weight", "value.weight", "dense.weight")
     changed = {
         "albert.embeddings.position_embeddings.weight",
+        "albert.embeddings.token_type_embeddings.weight",
         "albert.encoder.embedding_hidden_mapping_in.weight",
         "predictions.dense.weight",
         "predictions.bias",
-    } | {f"{layer}.{name}.weight" for name in ("attention.query", "attention.key", "attention.dense", "ffn_output")}
+        f"{layer}.ffn_output.weight",
+    } | {f"{layer}.attention.{part}" for part in parts}
     for name, after in model.named_parameters():
         assert torch.equal(after, before[name]) == (name not in changed), name
-    for name in ("attention.dense", "ffn_output"):
+    for name, columns in (("attention.dense", slice(0, 3 * 16)), ("ffn_output", slice(None))):
         key = f"{layer}.{name}.weight"
-        torch.testing.assert_close(model.get_parameter(key) * math.sqrt(2 * 3), before[key])
-    for name in ("query", "key"):
+        torch.testing.assert_close(model.get_parameter(key)[:, columns] * math.sqrt(2 * 3), before[key][:, columns])
+    for name, rows in (("query", slice(3 * 16, None)), ("key", slice(5 * 16, None)), ("value", slice(0, 3 * 16))):
         key = f"{layer}.attention.{name}.weight"
-        assert torch.equal(model.get_parameter(key)[3 * 16 :], before[key][3 * 16 :])
+        assert torch.equal(model.get_parameter(key)[rows], before[key][rows]), name
     assert torch.allclose(model.predictions.bias, torch.tensor(-math.log(800)))
 
 
