@@ -279,7 +279,7 @@ class AlbertPreTrainedModel(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.LayerNorm | AlbertMLMHead):
+        if isinstance(module, nn.Linear | nn.LayerNorm | AlbertMLMHead) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():

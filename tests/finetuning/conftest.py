@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertTokenizer
-from albert_fast.tokenizer import train_vocabulary
+from albert_fast import AlbertConfig, AlbertForMaskedLM
+from albert_fast.tokenizer import AlbertTokenizer, train_vocabulary
 
 GOOD = ["fine", "great", "warm", "moving", "clever"]
 BAD = ["dull", "poor", "cold", "empty", "stupid"]
@@ -31,7 +31,7 @@ def model_directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     draw = random.Random(3)
     text = "\n".join(sentence(draw, bool(i % 2)) for i in range(400))
-    train_vocabulary([text], directory, vocab_size=90)
+    train_vocabulary([text], directory, vocab_size=55)
     tokenizer = AlbertTokenizer.from_pretrained(directory)
     config = AlbertConfig.base(
         vocab_size=len(tokenizer),

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import AlbertConfig, AlbertForQuestionAnswering, AlbertTokenizer
+from albert_fast import AlbertConfig, AlbertForQuestionAnswering
 from albert_fast.finetuning.answering import MOST_ANSWER, Answering, Question, normalize, scores_of
 from albert_fast.finetuning.config import DataOptions, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
+from albert_fast.tokenizer import AlbertTokenizer
 
 from .conftest import GOOD, sentence
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import AlbertForMultipleChoice, AlbertTokenizer
+from albert_fast import AlbertForMultipleChoice
 from albert_fast.finetuning.choice import Choice, Question
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
+from albert_fast.tokenizer import AlbertTokenizer
 
 from .conftest import sentence
 

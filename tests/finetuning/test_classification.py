@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from albert_fast import AlbertConfig, AlbertForSequenceClassification, AlbertTokenizer
+from albert_fast import AlbertConfig, AlbertForSequenceClassification
 from albert_fast.finetuning.classification import Classification, Example
 from albert_fast.finetuning.config import DataOptions, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
+from albert_fast.tokenizer import AlbertTokenizer
 
 from .conftest import sentence
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import AlbertConfig, AlbertForTokenClassification, AlbertTokenizer
+from albert_fast import AlbertConfig, AlbertForTokenClassification
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.reading import Place, Sentence
 from albert_fast.finetuning.rows import pack
 from albert_fast.finetuning.tagging import Tagging, scheme_of
+from albert_fast.tokenizer import AlbertTokenizer
 
 from .conftest import BAD, GOOD, OTHER
 

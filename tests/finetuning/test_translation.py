@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import AlbertTokenizer
 from albert_fast.finetuning.config import CONFIGURATION, FinetuneConfig
 from albert_fast.finetuning.reading import DataError
 from albert_fast.finetuning.rows import pack
@@ -13,6 +12,7 @@ from albert_fast.finetuning.run import Pipeline, finetune
 from albert_fast.finetuning.translation import Translation
 from albert_fast.packing import PackedBatch
 from albert_fast.seq2seq import AlbertForSeq2SeqLM
+from albert_fast.tokenizer import AlbertTokenizer
 from albert_fast.training import tracking
 
 from .conftest import sentence
