@@ -126,7 +126,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions(options.BatchOptions):
+class RowOptions(options.BatchOptions):
     """How many rows make a step."""
 
     size: int = 32
@@ -165,7 +165,7 @@ class FinetuneConfig(RunOptions):
     data: DataOptions = field(default_factory=DataOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
-    batch: BatchOptions = field(default_factory=BatchOptions)
+    batch: RowOptions = field(default_factory=RowOptions)
     # The original's recipe: AdamW without bias correction, a line down to 0 after a warm-up.
     optimizer: OptimizerOptions = field(
         default_factory=lambda: OptimizerOptions(name="adamw", learning_rate=2e-5, weight_decay=0.01)

@@ -129,7 +129,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions(options.BatchOptions):
+class RowOptions(options.BatchOptions):
     """How many rows make a step, and how long they are.
 
     Attributes:
@@ -146,7 +146,7 @@ class BatchOptions(options.BatchOptions):
 
 
 @dataclass(frozen=True)
-class HealthOptions(options.HealthOptions):
+class WatchOptions(options.HealthOptions):
     """What happens when the loss is not finite, or collapses.
 
     Attributes:
@@ -179,8 +179,8 @@ class PretrainConfig(RunOptions):
     model: ModelOptions = field(default_factory=ModelOptions)
     examples: ExampleOptions = field(default_factory=ExampleOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
-    batch: BatchOptions = field(default_factory=BatchOptions)
-    health: HealthOptions = field(default_factory=HealthOptions)
+    batch: RowOptions = field(default_factory=RowOptions)
+    health: WatchOptions = field(default_factory=WatchOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,8 @@ import pytest
 
 from albert_fast import AlbertConfig
 from albert_fast.pretraining import config
-from albert_fast.pretraining.config import BatchOptions, ModelOptions, ScheduleOptions, parse
+from albert_fast.pretraining.config import ModelOptions, RowOptions, parse
+from albert_fast.training.options import ScheduleOptions
 from albert_fast.training.schedules import Warmup
 
 NEEDED = ["output=runs/x", "data.train=store"]
@@ -128,13 +129,13 @@ def test_what_is_missing():
 
 
 def test_micro_batches_of_all_ranks():
-    assert BatchOptions(size=64, micro=8).ramped(2).multiple == 16
-    assert BatchOptions(size=64).ramped(4).multiple == 64
-    assert BatchOptions(size=64, micro=100).ramped(2).multiple == 64
+    assert RowOptions(size=64, micro=8).ramped(2).multiple == 16
+    assert RowOptions(size=64).ramped(4).multiple == 64
+    assert RowOptions(size=64, micro=100).ramped(2).multiple == 64
     with pytest.raises(ValueError, match="a multiple of the 3 ranks"):
-        BatchOptions(size=64).ramped(3)
+        RowOptions(size=64).ramped(3)
     with pytest.raises(ValueError, match="48 \\(multiple\\) divides"):
-        BatchOptions(size=64, micro=24).ramped(2)
+        RowOptions(size=64, micro=24).ramped(2)
 
 
 @pytest.mark.parametrize("shape", config.SCHEDULES)

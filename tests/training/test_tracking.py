@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from albert_fast.pretraining import tracking
+from albert_fast.training import tracking
 from albert_fast.training.tracking import LOG, Recorder, fitting, read, train_parts
 
 TESTS = Path(__file__).parents[1]
