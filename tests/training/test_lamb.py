@@ -156,6 +156,7 @@ def test_excluded_are_plain_adam_without_decay():
         optimizer.step()
     wanted = by_formula(weight, gradients, 0.1, decay=0, adapt=False)
     torch.testing.assert_close(layer.weight.detach(), wanted, rtol=1e-13, atol=1e-13)
+    assert optimizer.state[layer.weight]["step"] == 5
 
 
 def test_zero_weights_and_zero_gradients():
