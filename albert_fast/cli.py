@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     finetune = commands.add_parser(
         "finetune",
         help="train a task on labelled examples; called again, it goes on",
-        description="Keeps the checkpoint that is best on --dev in OUT/best. `torchrun --nproc-per-node N -m "
+        description="Presets for --config are the original's recipes: "
+        "glue-cola, glue-sst2 …, squad-v1, squad-v2, race. Keeps the checkpoint that is best on --dev in OUT/best. "
+        "`torchrun --nproc-per-node N -m "
         "albert_fast.cli finetune …` does so in several processes.",
     )
     finetune.add_argument(
@@ -106,12 +108,17 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--train", nargs="+", metavar="FILE", help="labelled examples")
     finetune.add_argument("--dev", nargs="+", metavar="FILE", help="labelled examples to evaluate on")
     finetune.add_argument("-o", "--output", metavar="OUT", help="the directory of the run")
-    finetune.add_argument("--config", metavar="YAML", help="a file with any of the keys")
+    finetune.add_argument("--config", metavar="YAML", help="a preset, or a file with any of the keys")
     finetune.add_argument("--keys", action="store_true", help="print all keys with their defaults")
     finetune.set_defaults(run=_finetune)
 
     evaluate = commands.add_parser("evaluate", help="the figures of a fine-tuned model on labelled files, as JSON")
     predict = commands.add_parser("predict", help="what a fine-tuned model says of files, a line of JSON each")
+    evaluate.add_argument(
+        "--exits",
+        action="store_true",
+        help="of a model with early exits: accuracy and time by rule, a line of JSON each",
+    )
     for command, run in ((evaluate, _evaluate), (predict, _predict)):
         command.add_argument("model", help="a directory that `albert-fast finetune` wrote, such as OUT/best")
         command.add_argument("files", nargs="+", metavar="FILE", help="of the task's format")
@@ -128,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     extend.set_defaults(run=_extend)
 
     plot = commands.add_parser("plot", help="the curves of one run or several, side by side")
-    plot.add_argument("runs", nargs="+", metavar="RUN", help="directories that `pretrain` has written")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="directories that `pretrain` or `finetune` has written")
     plot.add_argument("-o", "--output", required=True, metavar="PNG", help="the picture to make")
     plot.add_argument("--x", default="tokens", help="tokens, step or seconds (default: %(default)s)")
     plot.set_defaults(run=_plot)
@@ -308,7 +315,14 @@ def _finetune(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import json
 
-    return _with_pipeline(args, lambda pipeline: json.dumps(pipeline.evaluate(args.files), indent=2) + "\n")
+    def figures(pipeline: Any) -> str:
+        if args.exits:
+            from albert_fast.finetuning.exits import curve
+
+            return "".join(json.dumps(point) + "\n" for point in curve(pipeline, args.files))
+        return json.dumps(pipeline.evaluate(args.files), indent=2) + "\n"
+
+    return _with_pipeline(args, figures)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -356,7 +370,7 @@ def _extend(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from albert_fast.pretraining.plot import plot
+    from albert_fast.training.plot import plot
 
     plot(args.runs, args.output, x=args.x)
     print(f"wrote {args.output}")

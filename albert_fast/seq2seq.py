@@ -101,8 +101,9 @@ class AlbertDecoder(nn.Module):
 
             def attend(qkv: Tensor, site: int = site) -> Tensor:
                 qkv = qkv.unflatten(1, (3, config.num_attention_heads, -1))
-                options = {"dropout_p": dropout_p, "seed": seed, "site": site}
-                return ops.attention(qkv, batch.cu_seqlens, batch.max_seqlen, causal=True, **options)
+                return ops.attention(
+                    qkv, batch.cu_seqlens, batch.max_seqlen, causal=True, dropout_p=dropout_p, seed=seed, site=site
+                )
 
             def read(query: Tensor, site: int = site) -> Tensor:
                 return self._read(query, memory, batch.cu_seqlens, batch.max_seqlen, dropout_p, seed, site + 1)
@@ -133,8 +134,9 @@ class AlbertDecoder(nn.Module):
                     cache[number] = torch.cat([keys, key[:, None]], 1), torch.cat([values, value[:, None]], 1)
                 keys, values = cache[number]
                 length = keys.shape[1]
-                flat = (each.flatten(0, 1) for each in (keys, values))
-                return ops.cross_attention(query, *flat, ones, ones * length, 1, length)
+                return ops.cross_attention(
+                    query, keys.flatten(0, 1), values.flatten(0, 1), ones, ones * length, 1, length
+                )
 
             def read(query: Tensor) -> Tensor:
                 return self._read(query, memory, ones[: rows // beams + 1] * beams, beams, 0.0, None, 0)
@@ -231,7 +233,7 @@ class AlbertForSeq2SeqLM(AlbertPreTrainedModel):
         attention to the source stays as it was drawn."""
         encoder, decoder = self.albert.encoder, self.decoder
         decoder.embedding_hidden_mapping_in.load_state_dict(encoder.embedding_hidden_mapping_in.state_dict())
-        source = encoder.albert_layer_groups[0].albert_layers[0]  # type: ignore[union-attr,index]
+        source = encoder.albert_layer_groups[0].albert_layers[0]  # type: ignore[index]
         for name in ("attention", "ffn", "ffn_output", "full_layer_layer_norm"):
             getattr(decoder.layer, name).load_state_dict(getattr(source, name).state_dict())
 

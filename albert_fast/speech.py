@@ -196,7 +196,8 @@ def prefix_beam(log_probs: Tensor, beams: int, least: float = -12.0) -> list[int
                 _add(following, (*prefix, label), minus, (blank if repeated else both) + frame[label])
         kept = sorted(following.items(), key=lambda item: _log_add(*item[1]), reverse=True)
         states = dict(kept[:beams])
-    return list(max(states, key=lambda prefix: _log_add(*states[prefix])))
+    best = max(states, key=lambda prefix: _log_add(*states[prefix]))
+    return list(best)
 
 
 def _add(

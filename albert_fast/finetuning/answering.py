@@ -62,7 +62,7 @@ class Answering(Task):
 
     name = "answering"
     best = "f1"
-    model_class = AlbertForQuestionAnswering
+    model_class: Any = AlbertForQuestionAnswering
     nulls = False
     head = "plain"
 

@@ -90,17 +90,32 @@ class Choice(Task):
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         rows = []
         for number, example in enumerate(examples):
-            context = self.tokenizer.encode(example.context, add_special_tokens=False)
+            context, asked = (
+                self.tokenizer.encode(text, add_special_tokens=False) for text in (example.context, example.question)
+            )
             ids, types, sizes = [], [], []
             for choice in example.choices:
+                chosen = self.tokenizer.encode(choice, add_special_tokens=False)
                 said = self.tokenizer.encode(f"{example.question} {choice}".strip(), add_special_tokens=False)
                 said = said[-min(MOST_CHOICE, self.length - 3) :]  # the choice, at the end, is what counts
-                first = [cls, *context[: self.length - 3 - len(said)], sep]
+                first = [cls, *self._cut(context, self.length - 3 - len(said), asked, chosen), sep]
                 ids += [*first, *said, sep]
                 types += [0] * len(first) + [1] * (len(said) + 1)
                 sizes.append(len(first) + len(said) + 1)
             rows.append(Row(ids, types, example.label if labelled else None, number, sizes=tuple(sizes)))
         return rows
+
+    def _cut(self, context: list[int], room: int, asked: Sequence[int], chosen: Sequence[int]) -> list[int]:
+        """What is kept of a context (data.cut): its beginning; or `room` pieces around a place where the choice stands,
+        else any, which have most of the question's pieces in them."""
+        if self.data.cut == "end" or len(context) <= room:
+            return context[:room]
+        starts = [i for i in range(len(context)) if context[i : i + len(chosen)] == chosen]
+        middles = [start + len(chosen) // 2 for start in starts] or range(room // 2, len(context) - room // 2 + 1)
+        windows = [max(0, min(middle - room // 2, len(context) - room)) for middle in middles]
+        wanted = set(asked) if starts else {*asked, *chosen}
+        best = max(windows, key=lambda start: len(wanted & set(context[start : start + room])))
+        return context[best : best + room]
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return {"labels": torch.tensor([row.target for row in rows])}

@@ -50,7 +50,7 @@ class Classification(Task):
     """See this file's docstring."""
 
     name = "classification"
-    model_class = AlbertForSequenceClassification
+    model_class: Any = AlbertForSequenceClassification
     labels: list[str]
 
     # ------------------------------------------------------------------------------------------------------- the data
@@ -160,7 +160,7 @@ class Classification(Task):
         if self.kind == "multi":
             right = ((logits > 0) == (labels > THRESHOLD)).sum()
             return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum"), right
-        return F.mse_loss(logits[:, 0], labels, reduction="sum"), labels.new_zeros(())
+        return F.mse_loss(logits[:, 0], labels, reduction="sum"), labels.new_full((), math.nan)
 
     # -------------------------------------------------------------------------------------------------- what it says
 
@@ -201,20 +201,20 @@ class Classification(Task):
                 "mean_squared_error": float(np.mean((wanted - found) ** 2)),
             }
         if self.kind == "single":
-            wanted = [example.label for example in examples]
-            found = [prediction["label"] for prediction in predictions]
+            labels = [example.label for example in examples]
+            said = [prediction["label"] for prediction in predictions]
             passes = [prediction["passes"] for prediction in predictions if "passes" in prediction]
             return {
                 **({"passes": sum(passes) / len(passes)} if passes else {}),
-                "accuracy": float(metrics.accuracy_score(wanted, found)),
-                "f1_macro": float(metrics.f1_score(wanted, found, average="macro", zero_division=0.0)),
-                "matthews": float(metrics.matthews_corrcoef(wanted, found)),
+                "accuracy": float(metrics.accuracy_score(labels, said)),
+                "f1_macro": float(metrics.f1_score(labels, said, average="macro", zero_division=0.0)),
+                "matthews": float(metrics.matthews_corrcoef(labels, said)),
             }
         of = lambda chosen: [float(label in chosen) for label in self.labels]  # noqa: E731
         truth = np.array([of(example.label) for example in examples])
-        said = np.array([of(prediction["labels"]) for prediction in predictions])
+        chosen = np.array([of(prediction["labels"]) for prediction in predictions])
         return {
-            "f1": float(metrics.f1_score(truth, said, average="micro", zero_division=0.0)),
-            "f1_macro": float(metrics.f1_score(truth, said, average="macro", zero_division=0.0)),
-            "accuracy": float(metrics.accuracy_score(truth, said)),
+            "f1": float(metrics.f1_score(truth, chosen, average="micro", zero_division=0.0)),
+            "f1_macro": float(metrics.f1_score(truth, chosen, average="macro", zero_division=0.0)),
+            "accuracy": float(metrics.accuracy_score(truth, chosen)),
         }

@@ -54,6 +54,7 @@ class DataOptions:
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
         rate: samples a second that all sound is brought to.
         context, question, choices: of multiple choice; `label` is the number of the right one, from 0, or its letter.
+        cut: what is left out of a context that is too long: its end, or what is far from the choice (around).
     """
 
     train: list[str] = field(default_factory=list)
@@ -71,12 +72,14 @@ class DataOptions:
     context: str = "context"
     question: str = "question"
     choices: str = "choices"
+    cut: str = "end"
     audio: str = "audio"
     rate: int = 16000
 
     def __post_init__(self) -> None:
         options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
         options.one_of("data.head", self.head, ("plain", "v2"))
+        options.one_of("data.cut", self.cut, ("end", "around"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,15 @@ from albert_fast.training.objective import Objective, Sums
 
 
 class Means(NamedTuple):
-    """Of a step: the loss for each target, the share of targets that came out right, and the tokens of all rows."""
+    """Of a step: the loss for each target, the share of targets that came out right (nan where the task does not count
+    it), and the tokens of all rows."""
 
     loss: float
     accuracy: float
     tokens: int
 
     def record(self) -> dict[str, float]:
-        return {"loss": self.loss, "accuracy": self.accuracy}
+        return {"loss": self.loss, **({} if math.isnan(self.accuracy) else {"accuracy": self.accuracy})}
 
 
 class TaskObjective(Objective):
@@ -35,7 +37,7 @@ class TaskObjective(Objective):
         if say:
             return self.task.outputs(self.model, batch)
         loss, right = self.task.loss(self.model, batch)
-        counts = [right.new_tensor(self.task.targets(batch)), right, right.new_tensor(batch.tokens)]
+        counts = [loss.new_tensor(self.task.targets(batch)), right, loss.new_tensor(batch.tokens)]
         return Sums(loss[None], torch.stack([count.double() for count in counts]))
 
     def divisors(self, batch: Batch) -> list[float]:

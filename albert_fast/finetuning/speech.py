@@ -120,7 +120,7 @@ class Speech(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = model(batch.inputs, [row.target for row in batch.source]).loss
-        return loss, torch.zeros_like(loss)
+        return loss, torch.full_like(loss, torch.nan)
 
     def flops(self, shape: AlbertConfig, batch: Batch) -> int:
         """The encoder's."""

@@ -47,7 +47,7 @@ class Task(ABC):
     name: ClassVar[str]
     best: str
     larger_is_better: ClassVar[bool] = True
-    model_class: ClassVar[Any]
+    model_class: Any
     reads_text: ClassVar[bool] = True
     tokenizer: AlbertTokenizer
 
@@ -100,13 +100,18 @@ class Task(ABC):
     def configure(self, config: AlbertConfig) -> None:
         """Sets what the head needs in a model's config."""
 
+    def begin(self, model: Any) -> None:
+        """What is done with a model of which a checkpoint had the encoder alone: nothing more for most tasks."""
+        return
+
     @abstractmethod
     def targets(self, batch: Batch) -> int:
         """How many targets the batch's loss is a sum over."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss over a batch, and how many of its targets came out right (a tensor of no dimensions)."""
+        """The summed loss over a batch, and how many of its targets came out right, a tensor of no dimensions: nan
+        where that is not counted."""
 
     def flops(self, shape: AlbertConfig, batch: Batch) -> int:
         """That a batch needs, forward and backward."""

@@ -86,9 +86,12 @@ class Finetuner(Loop):
     def _model(self, config: FinetuneConfig, shape: AlbertConfig) -> nn.Module:
         torch.manual_seed(config.seed)  # of the head, and of all where nothing is trained yet
         kind = self.task.model_class
-        if Path(config.model).is_dir():
-            return kind.from_pretrained(config.model, config=shape, dtype=torch.float32)
-        return kind(shape)
+        if not Path(config.model).is_dir():
+            return kind(shape)
+        model = kind.from_pretrained(config.model, config=shape, dtype=torch.float32)
+        if kind.__name__ not in (shape.architectures or ()):
+            self.task.begin(model)
+        return model
 
     def _write_rest(self, directory: Path) -> None:
         architectures = [self.task.model_class.__name__]

@@ -105,6 +105,9 @@ class Translation(Task):
     def configure(self, config: AlbertConfig) -> None:
         config.extra.setdefault(DECODER_LAYERS, config.num_hidden_layers)
 
+    def begin(self, model: Any) -> None:
+        model.begin_from_encoder()
+
     def targets(self, batch: Batch) -> int:
         return len(batch.targets["labels"])
 
@@ -116,7 +119,7 @@ class Translation(Task):
         )
         smoothing = self.config.label_smoothing
         loss = model(batch.inputs, None, decoder, labels, label_smoothing=smoothing, reduction="sum").loss
-        return loss, torch.zeros_like(loss)
+        return loss, torch.full_like(loss, torch.nan)
 
     def flops(self, shape: AlbertConfig, batch: Batch) -> int:
         """The encoder's, and the decoder's as if its cross-attention were self-attention of as many tokens."""

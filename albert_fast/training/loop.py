@@ -62,8 +62,10 @@ class Feed(Protocol):
         tokens: given out so far, on all ranks.
     """
 
-    epoch: int
     tokens: int
+
+    @property
+    def epoch(self) -> int: ...
 
     def take(self, progress: float, rows: int, micro: int) -> list[Any]:
         """The next `rows` rows of all ranks, this one's, in micro-batches of `micro` rows."""

@@ -8,7 +8,7 @@ import torch
 
 from albert_fast import AlbertForMultipleChoice
 from albert_fast.finetuning.choice import Choice, Question
-from albert_fast.finetuning.config import FinetuneConfig
+from albert_fast.finetuning.config import DataOptions, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
 from albert_fast.tokenizer import AlbertTokenizer
@@ -37,6 +37,24 @@ def test_each_choice_is_a_sequence(model_directory, draw):
         assert (ids[0], ids[-1]) == (task.tokenizer.cls_token_id, task.tokenizer.sep_token_id)
         assert ids.count(task.tokenizer.sep_token_id) == 2
         assert types.index(1) == ids.index(task.tokenizer.sep_token_id) + 1
+
+
+def test_what_is_kept_of_a_long_context(model_directory):
+    """Its beginning; or what is around the choice, where most of the question is; without the choice, most of both."""
+    context, asked, chosen = list(range(100, 140)), [9], [7, 8]
+    context[3:5] = context[28:30] = chosen
+    context[25] = asked[0]
+    task = task_of(model_directory)
+    assert task._cut(context, 13, asked, chosen) == context[:13]
+    config = FinetuneConfig(length=48, data=DataOptions(cut="around"))
+    task = Choice(config, task.tokenizer)
+    assert task._cut(context, 13, asked, chosen) == context[23:36]
+    assert task._cut(context, 40, asked, chosen) == context
+    found = task._cut(context, 13, asked, [7, 9])
+    assert len(found) == 13
+    assert {7, 9} <= set(found)
+    (row,) = task.rows([Question(HERE, "the film was great " * 30, "dull", ("actor", "great"), 0)], labelled=True)
+    assert [len(ids) for ids, _ in row.sequences] == [48, 48]
 
 
 def test_losses_are_the_models(model_directory, draw):

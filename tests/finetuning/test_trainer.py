@@ -1,7 +1,10 @@
 """Runs: what is learned, kept, gone on with, and refused."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from albert_fast.cli import main
 from albert_fast.finetuning.config import CONFIGURATION
+from albert_fast.finetuning.exits import curve
 from albert_fast.finetuning.run import Pipeline, finetune
 from albert_fast.finetuning.trainer import Finetuner
 from albert_fast.training import parallel, tracking
@@ -65,6 +69,8 @@ def test_it_learns_and_keeps_the_best(configure, files, tmp_path):
     said = pipeline(["a great warm fine film", "dull poor cold story"])
     assert [each["label"] for each in said] == ["good", "bad"]
     assert pipeline("a great warm fine film")["label"] == "good"
+    with pytest.raises(ValueError, match="no early exits"):
+        curve(pipeline, [str(files["dev"])])
 
 
 def test_the_commands(files, model_directory, tmp_path, capsys, monkeypatch):
@@ -146,9 +152,51 @@ def test_a_dev_file_with_another_label(configure, files):
         Finetuner(configure(), parallel.start("cpu"))
 
 
+@pytest.mark.parametrize("name", CONFIGURATION.preset_names())
+def test_presets(name):
+    """The original's recipes, complete but for the files."""
+    config = CONFIGURATION.parse(name, ["model=base", "output=x", "data.train=[x]"])
+    config.check_complete()
+    assert config.schedule.steps >= 800
+    assert config.optimizer.learning_rate <= 5e-5
+    assert 0.05 < config.schedule.warmup <= 0.25
+
+
 def test_from_random_weights(configure, model_directory, draw: random.Random):
     config = configure(f"model={model_directory / 'config.json'}", f"vocab={model_directory}", "epochs=1")
     assert finetune(config) == 0
+
+
+def test_two_processes(configure, files, model_directory, tmp_path):
+    """As one process: the same rows in each step, the same predictions in the end."""
+    options = ["dropout=0.0", "classifier_dropout=0.0", "epochs=2"]
+    assert finetune(configure(*options)) == 0
+    arguments = [f"{key}={value}" for key, value in (("length", 32), ("optimizer.learning_rate", 0.004))]
+    arguments += [*options, "batch.size=16", "log.quiet=true", "log.peak_flops=1e12", "device=cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "albert_fast.cli",
+    ]
+    command += ["finetune", "classification", "--model", str(model_directory), "--train", str(files["train"])]
+    command += ["--dev", str(files["dev"]), "-o", str(tmp_path / "two"), "--set", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    losses, two = (
+        [(r["step"], r["loss"]) for r in tracking.read(tmp_path / name) if r["kind"] == "train"]
+        for name in ("run", "two")
+    )
+    assert losses[0][0] == 5
+    assert dict(two)[10] == pytest.approx(sum(loss for _, loss in losses[:2]) / 2, rel=1e-4)
+    one, both = (Pipeline(tmp_path / name / "best", device="cpu") for name in ("run", "two"))
+    texts = [line.split("\t")[0] for line in files["dev"].read_text().splitlines()[1:]]
+    for a, b in zip(one(texts), both(texts), strict=True):
+        assert (a["label"], a["probability"]) == (b["label"], pytest.approx(b["probability"], abs=1e-3))
 
 
 def test_early_exits(configure, files, tmp_path):
@@ -161,5 +209,11 @@ def test_early_exits(configure, files, tmp_path):
     figures = early.evaluate([str(files["dev"])])
     assert figures["passes"] < 1.5
     assert figures["accuracy"] > 0.7
+    pipeline = Pipeline(best, device="cpu")
+    points = curve(pipeline, [str(files["dev"])], repeats=1)
+    assert [(p["patience"], p["confidence"]) for p in points[:2]] == [(None, None), (1, None)]
+    assert (points[0]["passes"], points[0]["speedup"], points[1]["passes"]) == (2, 1, 1)
+    assert points[0]["accuracy"] == whole["accuracy"]
+    assert pipeline.evaluate([str(files["dev"])]) == whole  # the rule that it had is back
     with pytest.raises(ValueError, match="early_exit is for classification"):
         finetune(configure("early_exit=true", "data.kind=multi", f"output={tmp_path / 'other'}"))

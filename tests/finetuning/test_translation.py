@@ -9,11 +9,12 @@ from albert_fast.finetuning.config import CONFIGURATION, FinetuneConfig
 from albert_fast.finetuning.reading import DataError
 from albert_fast.finetuning.rows import pack
 from albert_fast.finetuning.run import Pipeline, finetune
+from albert_fast.finetuning.trainer import Finetuner
 from albert_fast.finetuning.translation import Translation
 from albert_fast.packing import PackedBatch
 from albert_fast.seq2seq import AlbertForSeq2SeqLM
 from albert_fast.tokenizer import AlbertTokenizer
-from albert_fast.training import tracking
+from albert_fast.training import parallel, tracking
 
 from .conftest import sentence
 
@@ -61,6 +62,27 @@ def test_losses(model_directory, draw):
     assert task.targets(batch) == sum(len(row.target) for row in rows)
 
 
+def test_it_begins_with_what_the_encoder_has(model_directory, tmp_path):
+    """Of a checkpoint without a decoder the encoder's layer is the decoder's; of one with a decoder it is its own."""
+    pairs = [write(tmp_path / "a.src", ["film"] * 4), write(tmp_path / "a.tgt", ["story"] * 4)]
+    options = ["task=translation", f"data.train={pairs}", f"data.dev={pairs}", "length=24", "epochs=4", "device=cpu"]
+    options += ["log={quiet: true, peak_flops: 1e12}", "batch.size=4", "evaluate.every=4"]
+    config = CONFIGURATION.parse(None, [*options, f"model={model_directory}", f"output={tmp_path / 'run'}"])
+    trainer = Finetuner(config, parallel.start("cpu"))
+    model = trainer.learner.model
+    layer = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    assert torch.equal(model.decoder.layer.ffn.weight, layer.ffn.weight)
+    assert trainer.run() == 0
+    best = tmp_path / "run" / "best"
+    kept = AlbertForSeq2SeqLM.from_pretrained(best)
+    assert not torch.equal(
+        kept.decoder.layer.ffn.weight, kept.albert.encoder.albert_layer_groups[0].albert_layers[0].ffn.weight
+    )
+    again = CONFIGURATION.parse(None, [*options, f"model={best}", f"output={tmp_path / 'more'}"])
+    model = Finetuner(again, parallel.start("cpu")).learner.model
+    assert torch.equal(model.decoder.layer.ffn.weight, kept.decoder.layer.ffn.weight)
+
+
 def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
     """ "good" or "bad", as the source says."""
     files = {}
@@ -79,9 +101,9 @@ def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
             f"data.dev={files['dev']}",
             f"output={tmp_path / 'run'}",
             "length=24",
-            "epochs=8",
+            "epochs=16",
             "label_smoothing=0.0",
-            "optimizer.learning_rate=0.004",
+            "optimizer.learning_rate=0.001",
             "batch.size=16",
             "evaluate.every=50",
             "decoding.beams=2",

@@ -8,7 +8,8 @@ import pytest
 from albert_fast import AlbertConfig
 from albert_fast.pretraining import config
 from albert_fast.pretraining.config import ModelOptions, RowOptions, parse
-from albert_fast.training.options import ScheduleOptions
+from albert_fast.training.configuration import write
+from albert_fast.training.options import SCHEDULES, ScheduleOptions
 from albert_fast.training.schedules import Warmup
 
 NEEDED = ["output=runs/x", "data.train=store"]
@@ -68,7 +69,7 @@ schedule: {steps: 100}
 
 def test_what_is_written_is_read(tmp_path):
     options = parse("tiny", [*NEEDED, "batch.stages=[[0.5, 64], [0.5, 128]]", "seed=3"])
-    config.write(options, tmp_path / "config.yaml")
+    write(options, tmp_path / "config.yaml")
     assert parse(tmp_path / "config.yaml") == options
     assert json.loads((tmp_path / "config.yaml").read_text())["seed"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -138,7 +139,7 @@ def test_micro_batches_of_all_ranks():
         RowOptions(size=64, micro=24).ramped(2)
 
 
-@pytest.mark.parametrize("shape", config.SCHEDULES)
+@pytest.mark.parametrize("shape", SCHEDULES)
 def test_each_schedule_rises_and_stays_in_range(shape):
     rate = ScheduleOptions(steps=10, shape=shape, warmup=0.2).rate()
     assert isinstance(rate, Warmup)

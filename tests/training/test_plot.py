@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from albert_fast.pretraining import plot as plotting
-from albert_fast.pretraining.plot import PANELS, plot
+from albert_fast.training import plot as plotting
+from albert_fast.training.plot import PRETRAINING, panels_of, plot
 from albert_fast.training.tracking import Recorder
 
 pytest.importorskip("matplotlib")
@@ -75,7 +75,7 @@ def test_what_is_drawn(tmp_path, drawn):
         record(tmp_path / "long", ill=True), record(tmp_path / "short", 30, sentence_order=False), smoothing=0
     )
     blue, orange = plotting.COLORS[:2]
-    panels = dict(zip([panel.key for panel in PANELS], figure.axes, strict=True))
+    panels = dict(zip([panel.key for panel in PRETRAINING], figure.axes, strict=True))
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["long", "short"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"tokens of training"}
     assert panels["masked_lm_loss"].get_ylabel() == "nats"
@@ -104,8 +104,29 @@ def test_what_is_drawn(tmp_path, drawn):
 
 def test_what_no_run_has(tmp_path, drawn):
     figure = drawn(record(tmp_path / "run", sentence_order=False))
-    axes = figure.axes[[panel.key for panel in PANELS].index("sentence_order_accuracy")]
+    axes = figure.axes[[panel.key for panel in PRETRAINING].index("sentence_order_accuracy")]
     assert [text.get_text() for text in axes.texts] == ["not in these runs"]
+
+
+def test_panels_of_a_task():
+    """The loss, and what is measured first; BLEU is no share."""
+    train = {"kind": "train", "step": 1, "loss": 2.0, "learning_rate": 1.0, "tokens_per_second": 2.0}
+    said = {
+        "kind": "evaluation",
+        "step": 1,
+        "seconds": 1.0,
+        "tokens": 2,
+        "bleu": 20.0,
+        "exact_match": 0.5,
+        "weights": "model",
+    }
+    found = [(panel.title, panel.unit, panel.key) for panel in panels_of([train, said])]
+    assert found[:3] == [
+        ("Loss", "nats", "loss"),
+        ("Bleu", "", "bleu"),
+        ("Exact match", plotting.SHARES, "exact_match"),
+    ]
+    assert [key for *_, key in found[3:]] == ["learning_rate", "tokens_per_second"]
 
 
 @pytest.mark.parametrize(

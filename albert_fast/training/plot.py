@@ -46,7 +46,7 @@ class Panel:
     zero: bool = False
 
 
-PANELS = (
+PRETRAINING = (
     Panel("Masked-LM loss", "nats", "masked_lm_loss", level="unigram_loss"),
     Panel("Below the unigram model", "nats", "below_unigram", level=0.0),
     Panel("Masked-token accuracy", SHARES, "masked_accuracy"),
@@ -54,6 +54,22 @@ PANELS = (
     Panel("Learning rate", "", "learning_rate", exact=True, zero=True),
     Panel("Speed", "tokens/s", "tokens_per_second", zero=True),
 )
+
+MEASURED = 3  # figures of a task that have a panel
+
+
+def panels_of(records: Records) -> tuple[Panel, ...]:
+    """Those of pretraining; for a task: the loss, and what its evaluations say first."""
+    if any("masked_lm_loss" in record for record in records):
+        return PRETRAINING
+    about = {"kind", "step", "seconds", "tokens", "weights"}
+    keys = dict.fromkeys(key for r in records if r["kind"] == "evaluation" for key in r if key not in about)
+    measured = []
+    for key in list(keys)[:MEASURED]:
+        values = [abs(r[key]) for r in records if r.get(key) is not None]
+        unit = SHARES if max(values, default=0.0) <= 1 and key != "mean_squared_error" else ""
+        measured.append(Panel(key.replace("_", " ").capitalize(), unit, key))
+    return (Panel("Loss", "nats", "loss"), *measured, *PRETRAINING[-2:])
 
 
 def plot(
@@ -92,8 +108,12 @@ def plot(
         check(any(record["kind"] == "train" for record in own), f"{run} has no record of training yet")
     scale, label = _axis(x, records)
 
+    panels = panels_of([record for own in records for record in own])
     figure = figures.Figure(figsize=(15, 8), dpi=110, layout="constrained")
-    for panel, axes in zip(PANELS, figure.subplots(2, 3).flat, strict=True):
+    places = list(figure.subplots(2, 3).flat)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(panels, places, strict=False):
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
         axes.set(xlabel=label, ylabel=panel.unit)
         axes.spines[["top", "right"]].set_visible(False)
@@ -116,10 +136,10 @@ def plot(
         for name, style in (
             ("training", {"linewidth": 2}),
             ("held out", {"marker": "o", "linestyle": "", "markersize": 6}),
-            ("unigram model, chance", {"linestyle": "--"}),
-            ("event", {"linestyle": ":"}),
+            ("unigram model, chance", {"linestyle": "--"} if panels is PRETRAINING else None),
+            ("event", {"linestyle": ":"} if any(_events(own, x) for own in records) else None),
         )
-        if name != "event" or any(_events(own, x) for own in records)
+        if style is not None
     ]
     figure.legend(handles=legend, loc="outside upper center", ncols=min(len(legend), 6), frameon=False)
     _save(figure, output)
@@ -150,7 +170,7 @@ def _curves(
     shown += values
     for place, name in _events(records, x):
         axes.axvline(place / scale, color=color, linestyle=":", linewidth=1.2)
-        if panel is PANELS[0]:
+        if panel.key.endswith("loss"):
             axes.annotate(
                 name.replace("_", " "),
                 (place / scale, 1),
