@@ -32,6 +32,7 @@ TASKS = {
     "translation": "translation.Translation",
     "speech": "speech.Speech",
 }
+PAIRS = ("classification", "answering", "choice")
 SHAPES = ("base", "large", "xlarge", "xxlarge")
 
 
@@ -149,6 +150,8 @@ class FinetuneConfig(RunOptions):
         epochs: how often each example is trained on, in place of schedule.steps.
         dropout: of the encoder; None: the model's.
         classifier_dropout: before the head; None: the model's.
+        matching_heads: numbers of heads that begin by looking for their token in the other segment (`matching`), such
+            as [0]: for pairs, and models of little pretraining, in which no head does.
         label_smoothing: of translation.
         early_exit: of classification: train a head behind each pass.
         exit: when rows leave such a model.
@@ -162,6 +165,7 @@ class FinetuneConfig(RunOptions):
     epochs: float | None = 3.0
     dropout: float | None = None
     classifier_dropout: float | None = None
+    matching_heads: list[int] = field(default_factory=list)
     label_smoothing: float = 0.1
     early_exit: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
@@ -169,9 +173,12 @@ class FinetuneConfig(RunOptions):
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     batch: RowOptions = field(default_factory=RowOptions)
-    # The original's recipe: AdamW without bias correction, a line down to 0 after a warm-up.
+    # The original's recipe but for AdamW's bias correction, without which fine-tuning fails for some seeds (Mosbach et
+    # al. 2021, arXiv 2006.04884; Zhang et al. 2021, arXiv 2006.05987). The presets are as the original in this, too.
     optimizer: OptimizerOptions = field(
-        default_factory=lambda: OptimizerOptions(name="adamw", learning_rate=2e-5, weight_decay=0.01)
+        default_factory=lambda: OptimizerOptions(
+            name="adamw", learning_rate=2e-5, weight_decay=0.01, bias_correction=True
+        )
     )
     schedule: ScheduleOptions = field(default_factory=lambda: ScheduleOptions(shape="albert", warmup=0.1))
     save: SaveOptions = field(default_factory=lambda: SaveOptions(every=None, seconds=600.0, keep=1))
@@ -188,6 +195,10 @@ class FinetuneConfig(RunOptions):
         check(
             not self.early_exit or (self.task == "classification" and self.data.kind == "single"),
             "early_exit is for classification with one label each (data.kind=single)",
+        )
+        check(
+            not self.matching_heads or self.task in PAIRS,
+            f"matching_heads is for tasks of two segments: {', '.join(PAIRS)}",
         )
         check(bool(self.output), "output is not given: the directory of the run, such as -o runs/mine")
         check(bool(self.model), "model is not given: a checkpoint's directory (--model DIR)")

