@@ -101,13 +101,14 @@ class Answering(Task):
         return Question(place, str(place.line), question, context)
 
     def learn(self, examples: Sequence[Question]) -> None:
-        self.restore({"nulls": any(not example.answers for example in examples), "head": self.data.head})
+        nulls = any(not example.answers for example in examples)
+        self.restore({"nulls": nulls, "head": self.data.head, "stride": self.data.stride})
 
     def state(self) -> dict[str, Any]:
-        return {"nulls": self.nulls, "head": self.head}
+        return {"nulls": self.nulls, "head": self.head, "stride": self.stride}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.nulls, self.head = state["nulls"], state["head"]
+        self.nulls, self.head, self.stride = state["nulls"], state["head"], state["stride"]
         self.model_class = AlbertForQuestionAnswering if self.head == "plain" else AlbertForSpanQuestionAnswering
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
@@ -119,7 +120,7 @@ class Answering(Task):
             answer = _tokens_of(example, spans) if labelled and example.answers else None
             room = self.length - len(question) - 3
             before = len(question) + 2
-            starts = _window_starts(len(ids), room, min(self.data.stride, room - 1))
+            starts = _window_starts(len(ids), room, min(self.stride, room - 1))
             for start in starts:
                 end = min(start + room, len(ids))
                 row = [self.tokenizer.cls_token_id, *question, self.tokenizer.sep_token_id, *ids[start:end]]

@@ -7,6 +7,7 @@ Rows have no padding, so that long and short choices cost what they are.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from albert_fast.finetuning.reading import Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
 from albert_fast.model import AlbertForMultipleChoice
+from albert_fast.pretraining.sentences import split
 
 MOST_CHOICE = 128
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -78,44 +81,39 @@ class Choice(Task):
 
     def learn(self, examples: Sequence[Question]) -> None:
         """There are no labels but numbers."""
+        self.restore({"passage": self.data.passage})
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"passage": self.passage}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        self.passage = state["passage"]
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
         """One row for each question, with a sequence for each choice."""
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         rows = []
         for number, example in enumerate(examples):
-            context, asked = (
-                self.tokenizer.encode(text, add_special_tokens=False) for text in (example.context, example.question)
-            )
             ids, types, sizes = [], [], []
             for choice in example.choices:
-                chosen = self.tokenizer.encode(choice, add_special_tokens=False)
                 said = self.tokenizer.encode(f"{example.question} {choice}".strip(), add_special_tokens=False)
                 said = said[-min(MOST_CHOICE, self.length - 3) :]  # the choice, at the end, is what counts
-                first = [cls, *self._cut(context, self.length - 3 - len(said), asked, chosen), sep]
+                first = [cls, *self._context(example, choice, self.length - 3 - len(said)), sep]
                 ids += [*first, *said, sep]
                 types += [0] * len(first) + [1] * (len(said) + 1)
                 sizes.append(len(first) + len(said) + 1)
             rows.append(Row(ids, types, example.label if labelled else None, number, sizes=tuple(sizes)))
         return rows
 
-    def _cut(self, context: list[int], room: int, asked: Sequence[int], chosen: Sequence[int]) -> list[int]:
-        """What is kept of a context (data.cut): its beginning; or `room` pieces around a place where the choice stands,
-        else any, which have most of the question's pieces in them."""
-        if self.data.cut == "end" or len(context) <= room:
-            return context[:room]
-        starts = [i for i in range(len(context)) if context[i : i + len(chosen)] == chosen]
-        middles = [start + len(chosen) // 2 for start in starts] or range(room // 2, len(context) - room // 2 + 1)
-        windows = [max(0, min(middle - room // 2, len(context) - room)) for middle in middles]
-        wanted = set(asked) if starts else {*asked, *chosen}
-        best = max(windows, key=lambda start: len(wanted & set(context[start : start + room])))
-        return context[best : best + room]
+    def _context(self, example: Question, choice: str, room: int) -> list[int]:
+        """What is read beside one choice, at most `room` tokens."""
+        if self.passage == "beginning":
+            return self.tokenizer.encode(example.context, add_special_tokens=False)[:room]
+        sentence = sentence_of(example.context, choice, example.question)
+        ids = self.tokenizer.encode(sentence, add_special_tokens=False)
+        before = self.tokenizer.encode(sentence[: max(0, sentence.find(choice))], add_special_tokens=False)
+        start = max(0, min(len(before) - room // 2, len(ids) - room))  # the choice in the middle of what is kept
+        return ids[start : start + room]
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return {"labels": torch.tensor([row.target for row in rows])}
@@ -156,3 +154,12 @@ class Choice(Task):
     def metrics(self, examples: Sequence[Question], predictions: Sequence[Any]) -> dict[str, float]:
         right = [example.label == said["label"] for example, said in zip(examples, predictions, strict=True)]
         return {"accuracy": sum(right) / max(1, len(right))}
+
+
+def sentence_of(context: str, choice: str, question: str) -> str:
+    """The sentence in which a choice stands, of several the one with most words of the question; where it stands in
+    none, the one with most words of both."""
+    sentences = split(context) or [context]
+    holding = [sentence for sentence in sentences if choice in sentence]
+    wanted = set(_WORD.findall((question if holding else f"{question} {choice}").lower()))
+    return max(holding or sentences, key=lambda sentence: len(wanted & set(_WORD.findall(sentence.lower()))))

@@ -55,7 +55,8 @@ class DataOptions:
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
         rate: samples a second that all sound is brought to.
         context, question, choices: of multiple choice; `label` is the number of the right one, from 0, or its letter.
-        cut: what is left out of a context that is too long: its end, or what is far from the choice (around).
+        passage: what is read of a context: the beginning, as much as there is room for; or the sentence in which the
+            choice stands (of several the one with most words of the question).
     """
 
     train: list[str] = field(default_factory=list)
@@ -73,14 +74,14 @@ class DataOptions:
     context: str = "context"
     question: str = "question"
     choices: str = "choices"
-    cut: str = "end"
+    passage: str = "beginning"
     audio: str = "audio"
     rate: int = 16000
 
     def __post_init__(self) -> None:
         options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
         options.one_of("data.head", self.head, ("plain", "v2"))
-        options.one_of("data.cut", self.cut, ("end", "around"))
+        options.one_of("data.passage", self.passage, ("beginning", "sentence"))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def test_windows(model_directory, draw):
     task, examples = task_of(model_directory), questions(draw, 24)
     task.learn(examples)
     assert task.nulls
+    # A saved model reads windows as it has learned to, whatever is asked later.
+    assert Answering(FinetuneConfig(), task.tokenizer, task.state()).stride == 8
     rows = task.rows(examples, labelled=True)
     assert len(rows) > 40
     for number, example in enumerate(examples):
@@ -67,6 +69,7 @@ def test_windows(model_directory, draw):
 
 def test_losses_are_the_models(model_directory, draw):
     task, examples = task_of(model_directory), questions(draw, 5)
+    task.learn(examples)
     model, rows = model_of(model_directory), task.rows(examples, labelled=True)
     batch = pack(rows, task.collate)
     loss, _ = task.loss(model, batch)

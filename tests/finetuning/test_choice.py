@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from albert_fast import AlbertForMultipleChoice
-from albert_fast.finetuning.choice import Choice, Question
+from albert_fast.finetuning.choice import Choice, Question, sentence_of
 from albert_fast.finetuning.config import DataOptions, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
@@ -19,7 +19,9 @@ HERE = Place(Path("here"), 1)
 
 
 def task_of(directory, length=48) -> Choice:
-    return Choice(FinetuneConfig(length=length), AlbertTokenizer.from_pretrained(directory))
+    task = Choice(FinetuneConfig(length=length), AlbertTokenizer.from_pretrained(directory))
+    task.learn([])
+    return task
 
 
 def question(draw, choices: int, label: int | None) -> Question:
@@ -39,22 +41,29 @@ def test_each_choice_is_a_sequence(model_directory, draw):
         assert types.index(1) == ids.index(task.tokenizer.sep_token_id) + 1
 
 
-def test_what_is_kept_of_a_long_context(model_directory):
-    """Its beginning; or what is around the choice, where most of the question is; without the choice, most of both."""
-    context, asked, chosen = list(range(100, 140)), [9], [7, 8]
-    context[3:5] = context[28:30] = chosen
-    context[25] = asked[0]
-    task = task_of(model_directory)
-    assert task._cut(context, 13, asked, chosen) == context[:13]
-    config = FinetuneConfig(length=48, data=DataOptions(cut="around"))
-    task = Choice(config, task.tokenizer)
-    assert task._cut(context, 13, asked, chosen) == context[23:36]
-    assert task._cut(context, 40, asked, chosen) == context
-    found = task._cut(context, 13, asked, [7, 9])
-    assert len(found) == 13
-    assert {7, 9} <= set(found)
-    (row,) = task.rows([Question(HERE, "the film was great " * 30, "dull", ("actor", "great"), 0)], labelled=True)
-    assert [len(ids) for ids, _ in row.sequences] == [48, 48]
+def test_the_sentence_of_a_choice():
+    context = "The dull film was long. Was it great? A dull actor was in the story. The end."
+    assert sentence_of(context, "great", "the film") == "Was it great?"
+    assert sentence_of(context, "dull", "who was in the story") == "A dull actor was in the story."
+    assert sentence_of(context, "dull", "which film") == "The dull film was long."
+    assert sentence_of(context, "the last end", "what") == "The end."
+    assert sentence_of("", "x", "y") == ""
+
+
+def test_what_is_read_of_a_context(model_directory):
+    """The beginning, or a sentence; of a long one what is around the choice."""
+    config = FinetuneConfig(length=20, data=DataOptions(passage="sentence"))
+    task = Choice(config, AlbertTokenizer.from_pretrained(model_directory))
+    task.learn([])
+    encode = lambda text: task.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    example = Question(HERE, "The film was fine. " + "A story " * 20 + "great " + "a scene " * 20, "film", ("fine",), 0)
+    assert task._context(example, "fine", 15) == encode("The film was fine.")[:15]
+    kept = task._context(example, "great", 9)
+    assert len(kept) == 9
+    assert encode("great")[0] in kept
+    assert Choice(config, task.tokenizer, task.state()).passage == "sentence"
+    plain = task_of(model_directory, length=20)
+    assert plain._context(example, "great", 15) == encode(example.context)[:15]
 
 
 def test_losses_are_the_models(model_directory, draw):

