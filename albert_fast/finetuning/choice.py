@@ -50,10 +50,11 @@ class Choice(Task):
     # ------------------------------------------------------------------------------------------------------- the data
 
     def read(self, path: Path, *, labelled: bool) -> Iterator[Question]:
-        """.jsonl, an object a question: context, question (both may be missing), choices (a list) and label."""
+        """A table of questions: context, question (both may be missing), choices (a list, or columns) and label."""
         data = self.data
-        for record in read_table(path, [data.choices]):
-            choices = record.get(data.choices)
+        columns = data.choices.split(",")
+        for record in read_table(path, columns):
+            choices = record.get(columns[0]) if len(columns) == 1 else [record.text(column) for column in columns]
             if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
                 record.place.refuse(f"{data.choices!r} is {choices!r}; a list of at least two texts was expected")
             texts = [str(record.fields.get(column, "")) for column in (data.context, data.question)]
@@ -96,7 +97,10 @@ class Choice(Task):
         for number, example in enumerate(examples):
             ids, types, sizes = [], [], []
             for choice in example.choices:
-                said = self.tokenizer.encode(f"{example.question} {choice}".strip(), add_special_tokens=False)
+                asked = example.question
+                # A question with a gap is read with the choice in it, as the original's race_utils.py.
+                text = asked.replace("_", choice) if "_" in asked else f"{asked} {choice}".strip()
+                said = self.tokenizer.encode(text, add_special_tokens=False)
                 said = said[-min(MOST_CHOICE, self.length - 3) :]  # the choice, at the end, is what counts
                 first = [cls, *self._context(example, choice, self.length - 3 - len(said)), sep]
                 ids += [*first, *said, sep]

@@ -54,7 +54,8 @@ class DataOptions:
         null_threshold: how much higher "no answer" must score than the best answer to be said.
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
         rate: samples a second that all sound is brought to.
-        context, question, choices: of multiple choice; `label` is the number of the right one, from 0, or its letter.
+        context, question, choices: of multiple choice; choices is a list, or columns (ending0,ending1); `label` is the
+            number of the right one, from 0, or its letter.
         passage: what is read of a context: the beginning, as much as there is room for; or the sentence in which the
             choice stands (of several the one with most words of the question).
     """

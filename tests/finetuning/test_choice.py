@@ -113,6 +113,27 @@ def test_files(model_directory, tmp_path):
     ]
 
 
+def test_styles(model_directory, tmp_path):
+    """RACE's lines, with a gap for the choice; SWAG's columns."""
+    race, swag = tmp_path / "a.jsonl", tmp_path / "b.csv"
+    entry = {"article": "the film", "question": "it was _ .", "options": ["fine", "dull"], "answer": "B"}
+    race.write_text(json.dumps(entry))
+    swag.write_text("sent1,sent2,ending0,ending1,label\nthe film,it was,fine,dull,0\n")
+    tokenizer = AlbertTokenizer.from_pretrained(model_directory)
+    texts = []
+    for path, columns in (
+        (race, {"context": "article", "choices": "options", "label": "answer"}),
+        (swag, {"context": "sent1", "question": "sent2", "choices": "ending0,ending1"}),
+    ):
+        task = Choice(FinetuneConfig(length=32, data=DataOptions(**columns)), tokenizer)
+        examples = task.read_all([str(path)])
+        task.learn(examples)
+        (row,) = task.rows(examples, labelled=True)
+        texts.append((row.target, [ids[types.index(1) : -1] for ids, types in row.sequences]))
+    said = lambda *lines: [tokenizer.encode(line, add_special_tokens=False) for line in lines]  # noqa: E731
+    assert texts == [(1, said("it was fine .", "it was dull .")), (0, said("it was fine", "it was dull"))]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
