@@ -1,6 +1,7 @@
 """The original's head for SQuAD v2: where an answer begins, where it ends given that, and whether there is one.
 
-(google-research/albert, squad_utils.py, after XLNet.) The start is a score of each token. The end is scored from the
+(google-research/albert, squad_utils.py, after XLNet.) The start is a score of [CLS] and of each token of the
+paragraph. The end is scored from the
 token and the start's state together; in training the start is the right one, later each of the likeliest is tried.
 Whether there is an answer comes from [CLS] and the state that is expected at the start.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
 from albert_fast.model import AlbertModel, AlbertPreTrainedModel
+from albert_fast.ops.checks import check
 from albert_fast.packing import PackedBatch
 
 BEAMS = 5  # starts, and ends of each
@@ -74,21 +76,21 @@ class AlbertForSpanQuestionAnswering(AlbertPreTrainedModel):
         loss = loss / 2 + ABSENT_WEIGHT * F.binary_cross_entropy_with_logits(none, absent.float(), reduction="sum")
         return loss, ((start_logits.argmax(1) == starts) & (end_logits.argmax(1) == ends)).sum()
 
-    def spans(self, batch: PackedBatch, allowed: Tensor) -> Spans:
-        """The likeliest spans among the allowed columns, bool [batch, seq]."""
+    def spans(self, batch: PackedBatch, first: Tensor) -> Spans:
+        """The likeliest spans that begin at the columns `first`, bool [batch, seq], and end in the paragraph."""
         states = self._states(batch)
         start_logits = self._start_logits(batch, states)
-        starts = start_logits.log_softmax(1).masked_fill(~allowed, -torch.inf)
-        first = starts.topk(min(BEAMS, starts.shape[1]), dim=1)  # [batch, starts]
-        at = torch.gather(states, 1, first.indices[:, :, None].expand(-1, -1, states.shape[2]))
+        starts = start_logits.log_softmax(1).masked_fill(~first, -torch.inf)
+        best = starts.topk(min(BEAMS, starts.shape[1]), dim=1)  # [batch, starts]
+        at = torch.gather(states, 1, best.indices[:, :, None].expand(-1, -1, states.shape[2]))
         end_logits = self._end_logits(batch, states, at).log_softmax(2)  # [batch, starts, seq]
         columns = torch.arange(states.shape[1], device=states.device)
-        possible = allowed[:, None, :] & (columns >= first.indices[:, :, None])
+        possible = ~self._outside(batch)[:, None] & (columns >= best.indices[:, :, None]) & (columns > 0)
         last = end_logits.masked_fill(~possible, -torch.inf).topk(min(BEAMS, states.shape[1]), dim=2)
         return Spans(
-            starts=first.indices[:, :, None].expand_as(last.indices),
+            starts=best.indices[:, :, None].expand_as(last.indices),
             ends=last.indices,
-            scores=first.values[:, :, None] + last.values,
+            scores=best.values[:, :, None] + last.values,
             absent=self._absent(states, start_logits),
         )
 
@@ -97,9 +99,13 @@ class AlbertForSpanQuestionAnswering(AlbertPreTrainedModel):
         return batch.pad(self.albert(batch, return_dict=True).last_hidden_state)
 
     def _outside(self, batch: PackedBatch) -> Tensor:
-        """[batch, seq]: whether a column is beyond its row."""
+        """[batch, seq]: whether a column is neither [CLS] nor of the paragraph."""
         columns = torch.arange(batch.seq_length, device=batch.device)
-        return columns >= batch.cu_seqlens.diff()[:, None]
+        check(batch.token_type_ids is not None, "token_type_ids is None; 1 was expected at the paragraph, and 0 before")
+        assert batch.token_type_ids is not None
+        types = batch.pad(batch.token_type_ids)
+        paragraph = (types == 1) & (columns < batch.cu_seqlens.diff()[:, None] - 1)
+        return ~(paragraph | (columns == 0))
 
     def _start_logits(self, batch: PackedBatch, states: Tensor) -> Tensor:
         return self.start(states)[:, :, 0].float().masked_fill(self._outside(batch), torch.finfo(torch.float32).min)

@@ -33,18 +33,25 @@ def model(seed) -> AlbertForSpanQuestionAnswering:
 
 
 def batch_of(rng: np.random.Generator, lengths: list[int]) -> PackedBatch:
-    return PackedBatch.from_sequences([[2, *rng.integers(5, 60, length - 2).tolist(), 3] for length in lengths])
+    """Rows of [CLS], a question token, [SEP], a paragraph and [SEP]."""
+    return PackedBatch.from_sequences(
+        [[2, 5, 3, *rng.integers(5, 60, length - 4).tolist(), 3] for length in lengths],
+        [[0, 0, 0, *[1] * (length - 3)] for length in lengths],
+    )
 
 
 def parts(model, batch: PackedBatch, row: int):
-    """States, start logits, and a function of a start that gives the end logits; the logit of no answer."""
-    ids = batch.rows(batch.input_ids)[row]
-    states = model.albert(ids[None], return_dict=True).last_hidden_state[0]
-    starts = model.start(states)[:, 0]
+    """States, start logits, and a function of a start that gives the end logits; the logit of no answer. Question and
+    [SEP] have logits of -inf."""
+    ids, types = batch.rows(batch.input_ids)[row], batch.rows(batch.token_type_ids)[row]
+    states = model.albert(ids[None], token_type_ids=types[None], return_dict=True).last_hidden_state[0]
+    outside = torch.zeros(len(ids))
+    outside[[1, 2, len(ids) - 1]] = -torch.inf
+    starts = model.start(states)[:, 0] + outside
 
     def ends(start: int) -> torch.Tensor:
         both = torch.cat([states, states[start].expand_as(states)], dim=1)
-        return model.end_score(model.end_norm(torch.tanh(model.end_dense(both))))[:, 0]
+        return model.end_score(model.end_norm(torch.tanh(model.end_dense(both))))[:, 0] + outside
 
     expected = starts.softmax(0) @ states
     none = model.answerable_score(torch.tanh(model.answerable_dense(torch.cat([expected, states[0]]))))[0]
@@ -53,7 +60,7 @@ def parts(model, batch: PackedBatch, row: int):
 
 def test_losses(model, rng):
     batch = batch_of(rng, [9, 5, 17])
-    starts, ends = torch.tensor([3, 0, 10]), torch.tensor([5, 0, 10])
+    starts, ends = torch.tensor([3, 0, 10]), torch.tensor([5, 0, 10])  # the second has no answer
     absent = starts == 0
     loss, right = model.losses(batch, starts, ends, absent)
     expected, hits = 0.0, 0

@@ -1,10 +1,10 @@
 """Questions about a paragraph: where the answer begins and ends, or that there is none (SQuAD v1 and v2).
 
-A paragraph that does not fit a row becomes windows that overlap by `data.stride` tokens (google-research/albert,
+A paragraph that does not fit a row becomes windows, the next one `data.stride` tokens further (google-research/albert,
 squad_utils.py: question at most 64 tokens, answer at most 30, stride 128, 20 candidates). A window without the whole
 answer has its target at [CLS], and so has a question without one; over the windows the best span wins, and v2's null
-score is the least that any window gives [CLS]. A token is taken for an answer only in the window where it has the most
-context on both sides.
+score is the least that any window gives [CLS]. An answer may begin at a token only in the window where the token has
+the most context on both sides.
 
 Figures are the official script's: exact match and F1 of the words of the best of the given answers, lower-cased,
 without articles and punctuation.
@@ -20,7 +20,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,20 @@ class Question:
     start: int = 0
 
 
+class Shown(NamedTuple):
+    """A token of the context in a window.
+
+    Attributes:
+        column: of the row.
+        characters: of the context, from and to.
+        first: whether an answer may begin here: in this window, and in no other.
+    """
+
+    column: int
+    characters: tuple[int, int]
+    first: bool
+
+
 class Answering(Task):
     """See this file's docstring.
 
@@ -76,22 +90,16 @@ class Answering(Task):
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not SQuAD's JSON, an object with 'data': {error!r}") from None
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"]
-                for entry in paragraph["qas"]:
-                    place = Place(path, f"question {entry['id']}")
-                    found = [] if entry.get("is_impossible") or not labelled else entry.get("answers", [])
-                    for answer in found:
-                        start, text = answer["answer_start"], answer["text"]
-                        if context[start : start + len(text)] != text:
-                            stands = context[start : start + len(text)]
-                            place.refuse(
-                                f"the answer {text!r} is to begin at character {start}, where {stands!r} stands"
-                            )
-                    texts = tuple(answer["text"] for answer in found)
-                    start = found[0]["answer_start"] if found else 0
-                    yield Question(place, entry["id"], entry["question"], context, texts, start)
+        place = Place(path, "the first article")
+        try:
+            for article in articles:
+                for paragraph in article["paragraphs"]:
+                    place = Place(path, f"the paragraph {paragraph['context'][:40]!r}")
+                    for entry in paragraph["qas"]:
+                        place = Place(path, f"question {entry['id']}")
+                        yield _question(place, paragraph["context"], entry, labelled)
+        except (KeyError, TypeError, AttributeError) as error:
+            place.refuse(f"there, or behind it, something is not as in SQuAD's JSON: {error!r}")
 
     def from_line(self, place: Place, line: str) -> Question:
         """A question and a context, apart by a tab."""
@@ -120,7 +128,12 @@ class Answering(Task):
             answer = _tokens_of(example, spans) if labelled and example.answers else None
             room = self.length - len(question) - 3
             before = len(question) + 2
-            starts = _window_starts(len(ids), room, min(self.stride, room - 1))
+            if room < 1:
+                example.place.refuse(
+                    f"its question has {len(question)} tokens and leaves no room for the paragraph: raise length, "
+                    f"{self.length}"
+                )
+            starts = _window_starts(len(ids), room, self.stride)
             for start in starts:
                 end = min(start + room, len(ids))
                 row = [self.tokenizer.cls_token_id, *question, self.tokenizer.sep_token_id, *ids[start:end]]
@@ -129,13 +142,11 @@ class Answering(Task):
                 if labelled:
                     inside = answer is not None and start <= answer[0] and answer[1] < end
                     target = tuple(place - start + before for place in answer) if inside and answer else (0, 0)
-                # What this window, and no other, may answer with: (place in the row, characters).
-                own = [
-                    (place - start + before, spans[place])
+                shown = [
+                    Shown(place - start + before, spans[place], _best_window(place, starts, room, len(ids)) == start)
                     for place in range(start, end)
-                    if _best_window(place, starts, room, len(ids)) == start
                 ]
-                rows.append(Row([*row, self.tokenizer.sep_token_id], types, target, number, own))
+                rows.append(Row([*row, self.tokenizer.sep_token_id], types, target, number, shown))
         return rows
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -201,6 +212,22 @@ class Answering(Task):
         return figures
 
 
+def _question(place: Place, context: str, entry: dict[str, Any], labelled: bool) -> Question:
+    """An entry of SQuAD's `qas`."""
+    found = []
+    if labelled and not entry.get("is_impossible"):
+        if "answers" not in entry:
+            place.refuse("it has neither 'answers' nor 'is_impossible'")
+        found = entry["answers"]
+    for answer in found:
+        start, text = answer["answer_start"], answer["text"]
+        stands = context[start : start + len(text)]
+        if stands != text:
+            place.refuse(f"the answer {text!r} is to begin at character {start}, where {stands!r} stands")
+    start = found[0]["answer_start"] if found else 0
+    return Question(place, entry["id"], entry["question"], context, tuple(answer["text"] for answer in found), start)
+
+
 # ---------------------------------------------------------------------------------------------------------- in tokens
 
 
@@ -214,10 +241,10 @@ def _tokens_of(example: Question, spans: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def _window_starts(size: int, room: int, stride: int) -> list[int]:
-    """Where windows of `room` tokens begin that share `stride` of them."""
+    """Where windows of `room` tokens begin, each `stride` behind the one before, and never beyond its end."""
     starts = [0]
     while starts[-1] + room < size:
-        starts.append(starts[-1] + room - stride)
+        starts.append(starts[-1] + min(room, stride))
     return starts
 
 
@@ -227,32 +254,32 @@ def _best_window(place: int, starts: Sequence[int], room: int, size: int) -> int
     return max(holding, key=lambda start: min(place - start, min(start + room, size) - 1 - place))
 
 
-def _best_spans(own: Sequence[Any], starts: Tensor, ends: Tensor) -> tuple[list[Any], float]:
+def _best_spans(shown: Sequence[Shown], starts: Tensor, ends: Tensor) -> tuple[list[Any], float]:
     null = float(starts[0] + ends[0])
-    if not own:
+    if not any(token.first for token in shown):
         return [], null
-    places = torch.tensor([place for place, _ in own])
-    first, last = starts[places], ends[places]
-    count = len(own)
+    columns = torch.tensor([token.column for token in shown])
+    first, last = starts[columns], ends[columns]
+    count = len(shown)
     distance = torch.arange(count)[None, :] - torch.arange(count)[:, None]
-    allowed = (distance >= 0) & (distance < MOST_ANSWER)
+    allowed = (distance >= 0) & (distance < MOST_ANSWER) & torch.tensor([token.first for token in shown])[:, None]
     scores = torch.where(allowed, first[:, None] + last[None, :], -torch.inf).flatten()
     best = scores.topk(min(CANDIDATES, int(allowed.sum())))
     return [
-        (score, own[i // count][1][0], own[i % count][1][1])
+        (score, shown[i // count].characters[0], shown[i % count].characters[1])
         for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ], null
 
 
 def _read_spans(model: AlbertForSpanQuestionAnswering, batch: Batch) -> list[Any]:
     """As `_best_spans`, of the original's head: (score, start, end) in characters, and the logit of no answer."""
-    allowed = torch.zeros(batch.rows, batch.inputs.seq_length, dtype=torch.bool, device=batch.inputs.device)
+    first = torch.zeros(batch.rows, batch.inputs.seq_length, dtype=torch.bool, device=batch.inputs.device)
     for row, source in enumerate(batch.source):
-        allowed[row, [place for place, _ in source.extra]] = True
-    found = model.spans(batch.inputs, allowed)
+        first[row, [token.column for token in source.extra if token.first]] = True
+    found = model.spans(batch.inputs, first)
     said = []
     for row, source in enumerate(batch.source):
-        spans = dict(source.extra)
+        spans = {token.column: token.characters for token in source.extra}
         columns = (each[row].flatten().tolist() for each in (found.scores, found.starts, found.ends))
         best = [
             (score, spans[start][0], spans[end][1])

@@ -49,7 +49,7 @@ class DataOptions:
         separator: between the labels of `multi` in .tsv and .csv; .jsonl has lists.
         word, tag: columns of CoNLL files, from 0; negative ones count from the end. None: 0 and -1, in .conllu 1 and
             3 (universal parts of speech).
-        stride: tokens that the windows of a long paragraph share.
+        stride: tokens from one window of a long paragraph to the next.
         head: of answering: plain (two scores a token), or v2 (the original's for SQuAD v2).
         null_threshold: how much higher "no answer" must score than the best answer to be said.
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
@@ -82,6 +82,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
         options.one_of("data.head", self.head, ("plain", "v2"))
+        at_least("data.stride", self.stride, 1)
         options.one_of("data.passage", self.passage, ("beginning", "sentence"))
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from albert_fast import AlbertConfig, AlbertForQuestionAnswering
-from albert_fast.finetuning.answering import MOST_ANSWER, Answering, Question, normalize, scores_of
+from albert_fast.finetuning.answering import (
+    MOST_ANSWER,
+    Answering,
+    Question,
+    _best_spans,
+    _window_starts,
+    normalize,
+    scores_of,
+)
 from albert_fast.finetuning.config import DataOptions, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import pack
@@ -54,7 +62,9 @@ def test_windows(model_directory, draw):
     for number, example in enumerate(examples):
         mine = [row for row in rows if row.example == number]
         spans = task.tokenizer(example.context, return_offsets_mapping=True)["offset_mapping"][1:-1]
-        assert sorted(span for row in mine for _, span in row.extra) == sorted(spans)
+        assert sorted(t.characters for row in mine for t in row.extra if t.first) == sorted(spans)
+        for row in mine:  # all of the context that is in the row can end an answer
+            assert [t.column for t in row.extra] == list(range(row.token_type_ids.index(1), len(row.input_ids) - 1))
         held = 0
         for row in mine:
             assert len(row.input_ids) == len(row.token_type_ids) <= 32
@@ -92,8 +102,8 @@ def test_the_best_span_is_found(model_directory, draw):
                 continue
             starts, ends = outputs.start_logits[i], outputs.end_logits[i]
             null = min(null, float(starts[0] + ends[0]))
-            for x, (a, (begin, _)) in enumerate(row.extra):
-                for b, (_, end) in row.extra[x : x + MOST_ANSWER]:
+            for x, (a, (begin, _), first) in enumerate(row.extra):
+                for b, (_, end), _ in row.extra[x : x + MOST_ANSWER] if first else []:
                     best = max(best, (float(starts[a] + ends[b]), example.context[begin:end]))
         assert said[number]["candidates"][0]["score"] == pytest.approx(best[0], abs=1e-5)
         assert said[number]["null_score"] == pytest.approx(null - best[0], abs=1e-5)
@@ -148,6 +158,38 @@ def test_figures(model_directory):
     )
 
 
+@pytest.mark.parametrize(("size", "room", "stride"), [(150, 113, 128), (300, 113, 40), (10, 20, 5), (41, 20, 20)])
+def test_windows_begin_a_stride_apart(size, room, stride):
+    starts = _window_starts(size, room, stride)
+    assert starts == [number * min(stride, room) for number in range(len(starts))]
+    assert starts[-1] + room >= size
+    assert len(starts) == 1 or starts[-2] + room < size
+
+
+def test_an_answer_across_windows(model_directory):
+    """Its first token is one window's own, and its last the next one's."""
+    task = task_of(model_directory, length=24, stride=8)
+    context = " ".join(["film"] * 40)
+    example = Question(HERE, "1", "the film", context, (), 0)
+    task.learn([example])
+    rows = task.rows([example], labelled=False)
+    row = rows[1]
+    last_own = [token.first for token in row.extra].index(False, 8) - 1
+    starts, ends = torch.zeros(24), torch.zeros(24)
+    starts[row.extra[last_own].column] = ends[row.extra[last_own + 2].column] = 5.0
+    (score, begin, end), *_ = _best_spans(row.extra, starts, ends)[0]
+    assert score == 10
+    assert (begin, end) == (row.extra[last_own].characters[0], row.extra[last_own + 2].characters[1])
+
+
+def test_no_room_for_the_paragraph(model_directory):
+    task = task_of(model_directory, length=8)
+    example = Question(HERE, "1", "what was the film with the actor", "the film", ("film",), 4)
+    task.learn([example])
+    with pytest.raises(DataError, match=r"here.*its question has \d+ tokens and leaves no room"):
+        task.rows([example], labelled=True)
+
+
 def squad(tmp_path, answer, **entry) -> Path:
     qa = {"id": "q7", "question": "who?", "answers": [answer], **entry}
     path = tmp_path / "a.json"
@@ -163,6 +205,13 @@ def test_files(model_directory, tmp_path):
     assert example.answers == ()
     with pytest.raises(DataError, match=r"question q7: the answer 'Ada' is to begin at character 6, where ' Ad'"):
         task.read_all([str(squad(tmp_path, {"text": "Ada", "answer_start": 6}))])
+    with pytest.raises(DataError, match=r"question q7: .*KeyError\('answer_start'\)"):
+        task.read_all([str(squad(tmp_path, {"text": "Ada"}))])
+    path = squad(tmp_path, {})
+    path.write_text(path.read_text().replace('"answers"', '"said"'))
+    with pytest.raises(DataError, match=r"question q7: it has neither 'answers' nor 'is_impossible'"):
+        task.read_all([str(path)])
+    assert len(task.read_all([str(path)], labelled=False)) == 1
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(DataError, match="is not SQuAD's JSON"):
         task.read_all([str(tmp_path / "a.json")])
