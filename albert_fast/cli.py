@@ -337,11 +337,9 @@ def _predict(args: argparse.Namespace) -> int:
 def _with_pipeline(args: argparse.Namespace, text: Callable[[Any], str]) -> int:
     from pathlib import Path
 
-    from albert_fast.finetuning.config import CONFIGURATION
     from albert_fast.finetuning.run import Pipeline
 
-    config = CONFIGURATION.parse(None, args.set)
-    written = text(Pipeline(args.model, config=config, device=args.device))
+    written = text(Pipeline(args.model, args.set, device=args.device))
     if args.output is None:
         sys.stdout.write(written)
     else:

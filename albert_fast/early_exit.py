@@ -83,6 +83,7 @@ class AlbertForEarlyExit(AlbertForSequenceClassification):
             f"confidence is {confidence}; a probability above 0 was expected",
         )
         check(not self.training, "the model is in training: call eval() first, dropout is no reason to stay or to go")
+        check(self.num_labels > 1, "the model has one score, regression's; rows of one label each were expected")
         encoder, passes = self.albert.encoder, self.config.num_hidden_layers
         hidden = encoder.embedding_hidden_mapping_in(self.albert.embeddings(batch, None))
         logits = hidden.new_empty(batch.batch_size, self.num_labels)
@@ -91,7 +92,7 @@ class AlbertForEarlyExit(AlbertForSequenceClassification):
         before = torch.full_like(inside, -1)
         same = torch.zeros_like(inside)
         for number in range(passes):
-            hidden = encoder.one_pass(hidden, batch)
+            hidden = encoder.one_pass(hidden, batch, number)
             found = self._logits(number, hidden, batch)
             logits[inside] = found
             if number == passes - 1:

@@ -1,9 +1,9 @@
 """The original's head for SQuAD v2: where an answer begins, where it ends given that, and whether there is one.
 
 (google-research/albert, squad_utils.py, after XLNet.) The start is a score of [CLS] and of each token of the
-paragraph. The end is scored from the
-token and the start's state together; in training the start is the right one, later each of the likeliest is tried.
-Whether there is an answer comes from [CLS] and the state that is expected at the start.
+paragraph. The end is scored from the token and the start's state together; in training the start is the right one,
+later each of the likeliest is tried. Whether there is an answer comes from [CLS] and the state that is expected at the
+start.
 """
 
 from __future__ import annotations

@@ -110,13 +110,13 @@ class Answering(Task):
 
     def learn(self, examples: Sequence[Question]) -> None:
         nulls = any(not example.answers for example in examples)
-        self.restore({"nulls": nulls, "head": self.data.head, "stride": self.data.stride})
+        self.restore({"nulls": nulls, "head": self.data.head})
 
     def state(self) -> dict[str, Any]:
-        return {"nulls": self.nulls, "head": self.head, "stride": self.stride}
+        return {"nulls": self.nulls, "head": self.head}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.nulls, self.head, self.stride = state["nulls"], state["head"], state["stride"]
+        self.nulls, self.head = state["nulls"], state["head"]
         self.model_class = AlbertForQuestionAnswering if self.head == "plain" else AlbertForSpanQuestionAnswering
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
@@ -133,7 +133,7 @@ class Answering(Task):
                     f"its question has {len(question)} tokens and leaves no room for the paragraph: raise length, "
                     f"{self.length}"
                 )
-            starts = _window_starts(len(ids), room, self.stride)
+            starts = _window_starts(len(ids), room, self.data.stride)
             for start in starts:
                 end = min(start + room, len(ids))
                 row = [self.tokenizer.cls_token_id, *question, self.tokenizer.sep_token_id, *ids[start:end]]

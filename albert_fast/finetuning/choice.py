@@ -57,7 +57,10 @@ class Choice(Task):
             choices = record.get(columns[0]) if len(columns) == 1 else [record.text(column) for column in columns]
             if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
                 record.place.refuse(f"{data.choices!r} is {choices!r}; a list of at least two texts was expected")
-            texts = [str(record.fields.get(column, "")) for column in (data.context, data.question)]
+            texts = [
+                record.text(column) if record.fields.get(column) is not None else ""
+                for column in (data.context, data.question)
+            ]
             label = self._label(record, len(choices)) if labelled else None
             yield Question(record.place, texts[0], texts[1], tuple(choices), label)
 
@@ -82,13 +85,12 @@ class Choice(Task):
 
     def learn(self, examples: Sequence[Question]) -> None:
         """There are no labels but numbers."""
-        self.restore({"passage": self.data.passage})
 
     def state(self) -> dict[str, Any]:
-        return {"passage": self.passage}
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.passage = state["passage"]
+        """Nothing to restore."""
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
         """One row for each question, with a sequence for each choice."""
@@ -111,7 +113,7 @@ class Choice(Task):
 
     def _context(self, example: Question, choice: str, room: int) -> list[int]:
         """What is read beside one choice, at most `room` tokens."""
-        if self.passage == "beginning":
+        if self.data.passage == "beginning":
             return self.tokenizer.encode(example.context, add_special_tokens=False)[:room]
         sentence = sentence_of(example.context, choice, example.question)
         ids = self.tokenizer.encode(sentence, add_special_tokens=False)

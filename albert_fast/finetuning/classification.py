@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
 from albert_fast.early_exit import AlbertForEarlyExit
+from albert_fast.finetuning.config import ExitOptions
 from albert_fast.finetuning.reading import Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task, number_of, softmax_rows
 from albert_fast.model import AlbertForSequenceClassification
+from albert_fast.ops.checks import check
 
 _PROBLEMS = {
     "single": "single_label_classification",
@@ -50,6 +52,7 @@ class Classification(Task):
     """See this file's docstring."""
 
     name = "classification"
+    measures = ("scipy", "sklearn")
     model_class: Any = AlbertForSequenceClassification
     labels: list[str]
 
@@ -103,12 +106,19 @@ class Classification(Task):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.kind, self.labels, self.early_exit = state["kind"], state["labels"], state["early_exit"]
+        check(
+            self.early_exit or self.config.exit == ExitOptions(),
+            "exit is given, and the model has no early exits: train it with early_exit=true",
+        )
         self.model_class = AlbertForEarlyExit if self.early_exit else AlbertForSequenceClassification
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.best = {"single": "accuracy", "multi": "f1", "regression": "spearman"}[self.kind]
 
     def rows(self, examples: Sequence[Example], *, labelled: bool) -> list[Row]:
         pairs = None if not examples or examples[0].pair is None else [example.pair or "" for example in examples]
+        for example in examples:
+            if (example.pair is None) != (pairs is None):
+                example.place.refuse("a text and a pair of texts are mixed; either was expected in all lines")
         encoded = self.tokenizer([e.text for e in examples], pairs, truncation=True, max_length=self.length)
         return [
             Row(ids, types, self._target(example) if labelled else None, number)
@@ -195,9 +205,10 @@ class Classification(Task):
 
             wanted = np.array([example.label for example in examples])
             found = np.array([prediction["score"] for prediction in predictions])
+            varies = len(wanted) > 1 and np.ptp(wanted) > 0 and np.ptp(found) > 0  # else there is no correlation
             return {
-                "pearson": float(stats.pearsonr(wanted, found).statistic),
-                "spearman": float(stats.spearmanr(wanted, found).statistic),
+                "pearson": float(stats.pearsonr(wanted, found).statistic) if varies else 0.0,
+                "spearman": float(stats.spearmanr(wanted, found).statistic) if varies else 0.0,
                 "mean_squared_error": float(np.mean((wanted - found) ** 2)),
             }
         if self.kind == "single":

@@ -32,6 +32,7 @@ TASKS = {
     "translation": "translation.Translation",
     "speech": "speech.Speech",
 }
+EPOCHS = 3.0
 PAIRS = ("classification", "answering", "choice")
 SHAPES = ("base", "large", "xlarge", "xxlarge")
 
@@ -114,6 +115,17 @@ class ExitOptions:
     patience: int | None = None
     confidence: float | None = None
 
+    def __post_init__(self) -> None:
+        at_least("exit.patience", self.patience, 1)
+        check(
+            self.confidence is None or 0 < self.confidence <= 1,
+            f"exit.confidence is {self.confidence}; a probability above 0 was expected",
+        )
+        check(
+            self.patience is None or self.confidence is None,
+            "exit.patience and exit.confidence are both given; one rule was expected",
+        )
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -150,7 +162,8 @@ class FinetuneConfig(RunOptions):
         overrides: fields of its config, such as {num_hidden_layers: 4}.
         vocab: a sentencepiece model or a directory with one; None: the model's own.
         length: most tokens of a row, special ones included; what is longer is cut, or becomes several rows.
-        epochs: how often each example is trained on, in place of schedule.steps.
+        epochs: how often each example is trained on, in place of schedule.steps; None: as schedule says, and 3 times
+            where it says nothing.
         dropout: of the encoder; None: the model's.
         classifier_dropout: before the head; None: the model's.
         matching_heads: numbers of heads that begin by looking for their token in the other segment (`matching`), such
@@ -165,7 +178,7 @@ class FinetuneConfig(RunOptions):
     overrides: dict[str, Any] = field(default_factory=dict)
     vocab: str | None = None
     length: int = 128
-    epochs: float | None = 3.0
+    epochs: float | None = None
     dropout: float | None = None
     classifier_dropout: float | None = None
     matching_heads: list[int] = field(default_factory=list)
@@ -203,18 +216,26 @@ class FinetuneConfig(RunOptions):
             not self.matching_heads or self.task in PAIRS,
             f"matching_heads is for tasks of two segments: {', '.join(PAIRS)}",
         )
+        check(
+            self.parallel.tensor == 1 or (self.task != "speech" and not self.early_exit),
+            "parallel.tensor is not for speech and early_exit: divide the rows among the processes (parallel.tensor=1)",
+        )
+        check(
+            self.epochs is None or self.schedule.seconds is None,
+            "epochs and schedule.seconds are both given; one of them was expected",
+        )
         check(bool(self.output), "output is not given: the directory of the run, such as -o runs/mine")
         check(bool(self.model), "model is not given: a checkpoint's directory (--model DIR)")
         check(bool(self.data.train), "data.train is not given: a file of labelled examples (--train FILE)")
 
     def with_steps(self, rows: int) -> FinetuneConfig:
-        """Of `rows` training rows: schedule.steps from the epochs, where no other budget is given."""
-        schedule = self.schedule
-        if schedule.steps is not None or schedule.seconds is not None:
-            return self
-        check(self.epochs is not None, "epochs, schedule.steps and schedule.seconds are all empty: give one of them")
-        assert self.epochs is not None
-        steps = max(1, round(self.epochs * rows / self.batch.size))
+        """Of `rows` training rows: schedule.steps from the epochs, where they are given or nothing is."""
+        schedule, epochs = self.schedule, self.epochs
+        if epochs is None:
+            if schedule.steps is not None or schedule.seconds is not None:
+                return self
+            epochs = EPOCHS
+        steps = max(1, round(epochs * rows / self.batch.size))
         return replace(self, schedule=replace(schedule, steps=steps))
 
 

@@ -131,11 +131,15 @@ def _quoted(path: Path) -> Iterator[tuple[Place, list[str]]]:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words with a label each (None: the file has none)."""
+    """Words with a label each (None: the file has none), and the line of each (none: they are all `place`'s)."""
 
     place: Place
     words: list[str]
     labels: list[str] | None
+    lines: tuple[int, ...] = ()
+
+    def place_of(self, word: int) -> Place:
+        return Place(self.place.path, self.lines[word]) if self.lines else self.place
 
 
 def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]:
@@ -151,12 +155,17 @@ def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]
     universal = kind == ".conllu"
     words: list[str] = []
     labels: list[str] = []
-    first, width = Place(path, 0), 0
+    lines: list[int] = []
+    width = 0  # of the whole file
+
+    def sentence() -> Sentence:
+        return Sentence(Place(path, lines[0]), words, None if label is None else labels, tuple(lines))
+
     for place, line in read_lines(path):
         if not line.strip():
             if words:
-                yield Sentence(first, words, None if label is None else labels)
-            words, labels, width = [], [], 0
+                yield sentence()
+            words, labels, lines = [], [], []
             continue
         if (not words and line.startswith("# ")) or (universal and line.startswith("#")):
             continue
@@ -165,14 +174,16 @@ def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]
             continue
         width = width or len(fields)
         if len(fields) != width:
-            place.refuse(f"it has {len(fields)} columns; {width} were expected, as in the sentence's first line")
+            place.refuse(f"it has {len(fields)} columns; {width} were expected, as in the lines before")
         for name, column in (("word", word), ("label", label)):
             if column is not None and not -width <= column < width:
                 place.refuse(f"it has {width} columns, and the {name}'s is number {column}")
-        if not words:
-            first = place
+        if label is not None and word % width == label % width:
+            place.refuse(f"it has {width} columns, so that a word and its label are one: one for each was expected")
+        assert isinstance(place.line, int)
+        lines.append(place.line)
         words.append(fields[word])
         if label is not None:
             labels.append(fields[label])
     if words:
-        yield Sentence(first, words, None if label is None else labels)
+        yield sentence()

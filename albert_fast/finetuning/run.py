@@ -33,7 +33,8 @@ class Pipeline:
 
     Args:
         directory: that `albert-fast finetune` wrote, such as OUT/best.
-        config: with how files are read (data.text …) and texts are written.
+        overrides: of how files are read and texts are written, such as "data.text=sentence" or "decoding.beams=1";
+            what the model was trained with is known.
         device: cpu, cuda …; None: a GPU where there is one.
         rows: of a batch.
 
@@ -44,12 +45,12 @@ class Pipeline:
     def __init__(
         self,
         directory: str | Path,
+        overrides: Sequence[str] = (),
         *,
-        config: FinetuneConfig | None = None,
         device: str | None = None,
         rows: int = 64,
     ) -> None:
-        self.task: Task = load_task(Path(directory), config)
+        self.task: Task = load_task(Path(directory), overrides)
         self.world = parallel.start(device)
         model = self.task.model_class.from_pretrained(directory).to(self.world.device).eval()
         self.objective, self.batch_rows = TaskObjective(model, self.task), rows
@@ -75,6 +76,7 @@ class Pipeline:
 
     def evaluate(self, paths: Sequence[str]) -> dict[str, float]:
         """The figures of labelled files. Raises DataError."""
+        self.task.check_measures()
         examples = self.task.read_all(paths)
         self.task.rows(examples, labelled=True)  # says which label is not known
         return self.task.metrics(examples, self(examples))

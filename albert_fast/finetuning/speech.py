@@ -19,7 +19,6 @@ from albert_fast.config import AlbertConfig
 from albert_fast.finetuning.reading import Place, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task, number_of
-from albert_fast.flops import flops
 from albert_fast.speech import MEL_BINS, AlbertForCTC, SpeechBatch, encoded_length, greedy, needed_length, prefix_beam
 
 _BLANK = "<blank>"
@@ -38,6 +37,7 @@ class Speech(Task):
     """See this file's docstring."""
 
     name = "speech"
+    measures = ("jiwer",)
     best = "wer"
     larger_is_better = False
     model_class = AlbertForCTC
@@ -121,10 +121,6 @@ class Speech(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = model(batch.inputs, [row.target for row in batch.source]).loss
         return loss, torch.full_like(loss, torch.nan)
-
-    def flops(self, shape: AlbertConfig, batch: Batch) -> int:
-        """The encoder's."""
-        return flops(shape, batch.lengths, training=True, labelled=0).total
 
     # -------------------------------------------------------------------------------------------------- what it says
 

@@ -20,8 +20,6 @@ from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import IGNORE_INDEX, Task, number_of
 from albert_fast.model import AlbertForTokenClassification
 
-SCHEMES = ("BIO", "BIOES")
-
 
 class Tagging(Task):
     """See this file's docstring.
@@ -31,6 +29,7 @@ class Tagging(Task):
     """
 
     name = "tagging"
+    measures = ("seqeval",)
     model_class = AlbertForTokenClassification
     labels: list[str]
 
@@ -48,6 +47,8 @@ class Tagging(Task):
 
     def learn(self, examples: Sequence[Sentence]) -> None:
         self.restore({"labels": sorted({label for sentence in examples for label in sentence.labels or ()})})
+        if self.scheme is not None:
+            _refuse_iob1(examples)
 
     def state(self) -> dict[str, Any]:
         return {"labels": self.labels}
@@ -63,7 +64,9 @@ class Tagging(Task):
         rows = []
         for number, sentence in enumerate(examples):
             numbers = (
-                [number_of(each, self.numbers, sentence.place) for each in sentence.labels or ()] if labelled else None
+                [number_of(each, self.numbers, sentence.place_of(i)) for i, each in enumerate(sentence.labels or ())]
+                if labelled
+                else None
             )
             encoded = self.tokenizer(
                 sentence.words, is_split_into_words=True, add_special_tokens=False, return_word_ids=True
@@ -135,6 +138,22 @@ def scheme_of(labels: Sequence[str]) -> str | None:
     if not entities or "O" not in labels or not prefixes <= set("BIOES"):
         return None
     return "BIOES" if prefixes & {"E", "S"} else "BIO"
+
+
+def _refuse_iob1(sentences: Sequence[Sentence]) -> None:
+    """Where most entities begin with I-, B- only parts neighbors: what the figures count would be few of them."""
+    begun: dict[str, int] = {"B": 0, "I": 0, "S": 0}
+    first = None
+    for sentence in sentences:
+        before = "O"
+        for word, label in enumerate(sentence.labels or ()):
+            starts_inside = label.startswith("I-") and before.partition("-")[2] != label.partition("-")[2]
+            if starts_inside or label[0] in "BS":
+                begun[label[0]] += 1
+                first = first or (sentence.place_of(word) if starts_inside else None)
+            before = label
+    if first is not None and begun["I"] > begun["B"] + begun["S"]:
+        first.refuse("entities begin with I- (IOB1); BIO or BIOES was expected: begin each with B-")
 
 
 def _windows(words: list[int], room: int) -> Iterator[tuple[int, int]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
-from albert_fast.finetuning.config import TASKS, FinetuneConfig
+from albert_fast.finetuning.config import CONFIGURATION, TASKS, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import Batch, Row, pack
 from albert_fast.flops import flops
@@ -26,6 +26,7 @@ from albert_fast.tokenizer import AlbertTokenizer
 
 TASK = "task.json"
 IGNORE_INDEX = -100
+_KEPT = ("task", "length", "data", "decoding", "exit")  # of a run's configuration, with a model
 
 
 class Task(ABC):
@@ -42,6 +43,7 @@ class Task(ABC):
         larger_is_better: whether it is to be large.
         model_class: what is trained.
         reads_text: whether it has a tokenizer.
+        measures: modules that `metrics` needs.
     """
 
     name: ClassVar[str]
@@ -49,6 +51,7 @@ class Task(ABC):
     larger_is_better: ClassVar[bool] = True
     model_class: Any
     reads_text: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ()
     tokenizer: AlbertTokenizer
 
     def __init__(
@@ -147,14 +150,30 @@ class Task(ABC):
             examples += found
         return examples
 
+    def check_measures(self) -> None:
+        """Raises ValueError where a package is missing that the figures need."""
+        for module in self.measures:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(
+                    f"the figures of {self.name} need {module}, which cannot be imported ({error}): "
+                    "pip install 'albert_fast[finetune]'"
+                ) from None
+
     def is_better(self, figure: float, than: float | None) -> bool:
-        return than is None or (figure > than if self.larger_is_better else figure < than)
+        """Whether a figure is better than another one. What is no number is not better than anything."""
+        if math.isnan(figure):
+            return False
+        return than is None or math.isnan(than) or (figure > than if self.larger_is_better else figure < than)
 
     def save(self, directory: Path) -> None:
         """The vocabulary, and task.json: what it takes to read files and outputs again."""
         if self.reads_text:
             self.tokenizer.save_pretrained(directory)
-        known = {"task": self.name, "length": self.length, "state": self.state()}
+        how = {key: value for key, value in self.config.to_dict().items() if key in _KEPT}
+        how["data"] = {key: value for key, value in how["data"].items() if key not in ("train", "dev")}
+        known = {"config": how, "state": self.state()}
         (directory / TASK).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -174,26 +193,34 @@ def task_class(name: str) -> type[Task]:
 
 def tokenizer_of(config: FinetuneConfig) -> AlbertTokenizer:
     source = Path(config.vocab or config.model)
+    if source.name == "spiece.model" and (source.parent / "tokenizer_config.json").exists():
+        source = source.parent  # which says whether there are capitals and accents
     return AlbertTokenizer(source) if source.suffix == ".model" else AlbertTokenizer.from_pretrained(source)
 
 
-def load_task(directory: Path, config: FinetuneConfig | None = None) -> Task:
+def load_task(directory: Path, overrides: Sequence[str] = ()) -> Task:
     """The task of a model that `albert-fast finetune` saved.
 
+    Args:
+        overrides: of how files are read and texts written, such as "data.text=sentence".
+
     Raises:
-        ValueError: the directory has none.
+        ValueError: the directory has none, or an override is none.
     """
     try:
         known = json.loads((directory / TASK).read_text(encoding="utf-8"))
-        kind = task_class(known["task"])
-        config = replace(config or FinetuneConfig(), length=known["length"])
-        tokenizer = AlbertTokenizer.from_pretrained(directory) if kind.reads_text else None
-        return kind(config, tokenizer, known["state"])
-    except (OSError, ValueError, KeyError) as error:
+        saved = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in known["config"].items()
+        ]
+        state = known["state"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "
             "expected, such as OUT/best"
         ) from None
+    config = CONFIGURATION.parse(None, [*saved, *overrides])
+    kind = task_class(config.task)
+    return kind(config, AlbertTokenizer.from_pretrained(directory) if kind.reads_text else None, state)
 
 
 def softmax_rows(logits: Tensor) -> list[list[float]]:

@@ -24,6 +24,8 @@ from albert_fast.training.loop import Loop
 from albert_fast.training.parallel import World
 
 BEST, METRICS = "best", "metrics.json"
+PRETRAINED = {"AlbertModel", "AlbertForMaskedLM", "AlbertForPreTraining"}
+ENCODER = ("albert.*", "predictions.*")
 
 
 class Finetuner(Loop):
@@ -45,6 +47,8 @@ class Finetuner(Loop):
         examples = task.read_all(config.data.train)
         task.learn(examples)
         rows = task.rows(examples, labelled=True)
+        if config.data.dev:
+            task.check_measures()
         self.held_out = task.read_all(config.data.dev)
         self.held_out_rows = task.rows(self.held_out, labelled=True)
         shape = self._shape(config, None if tokenizer is None else len(tokenizer))
@@ -92,8 +96,12 @@ class Finetuner(Loop):
         kind = self.task.model_class
         if not Path(config.model).is_dir():
             return kind(shape)
-        model = kind.from_pretrained(config.model, config=shape, dtype=torch.float32)
-        if kind.__name__ not in (shape.architectures or ()):
+        before = AlbertConfig.from_pretrained(config.model)
+        of_this_task = kind.__name__ in (before.architectures or ()) and before.id2label == shape.id2label
+        other_task = not of_this_task and not PRETRAINED & set(before.architectures or PRETRAINED)
+        parts = ENCODER if other_task else None  # its head is no use here
+        model = kind.from_pretrained(config.model, config=shape, dtype=torch.float32, parts=parts)
+        if not of_this_task:
             self.task.begin(model)
         return model
 
@@ -132,9 +140,14 @@ class Finetuner(Loop):
         partial = self.output / ".best.partial"
         shutil.rmtree(partial, ignore_errors=True)
         name = "model" if self.learner.average is None else "ema"
-        self.learner.export(partial, {name: states[name]})
         figures = {"step": self.budget.step, **self.metrics}
-        (partial / name / METRICS).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        try:
+            self.learner.export(partial, {name: states[name]})
+            (partial / name / METRICS).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.recorder.event(self.budget.step, "not_saved", f"{best} is as it was: {error}")
+            return
         shutil.rmtree(best, ignore_errors=True)
         (partial / name).rename(best)
         shutil.rmtree(partial)

@@ -40,6 +40,7 @@ class Translation(Task):
     """See this file's docstring."""
 
     name = "translation"
+    measures = ("sacrebleu",)
     best = "bleu"
     model_class = AlbertForSeq2SeqLM
 

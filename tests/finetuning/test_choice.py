@@ -19,9 +19,7 @@ HERE = Place(Path("here"), 1)
 
 
 def task_of(directory, length=48) -> Choice:
-    task = Choice(FinetuneConfig(length=length), AlbertTokenizer.from_pretrained(directory))
-    task.learn([])
-    return task
+    return Choice(FinetuneConfig(length=length), AlbertTokenizer.from_pretrained(directory))
 
 
 def question(draw, choices: int, label: int | None) -> Question:
@@ -54,14 +52,12 @@ def test_what_is_read_of_a_context(model_directory):
     """The beginning, or a sentence; of a long one what is around the choice."""
     config = FinetuneConfig(length=20, data=DataOptions(passage="sentence"))
     task = Choice(config, AlbertTokenizer.from_pretrained(model_directory))
-    task.learn([])
     encode = lambda text: task.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     example = Question(HERE, "The film was fine. " + "A story " * 20 + "great " + "a scene " * 20, "film", ("fine",), 0)
     assert task._context(example, "fine", 15) == encode("The film was fine.")[:15]
     kept = task._context(example, "great", 9)
     assert len(kept) == 9
     assert encode("great")[0] in kept
-    assert Choice(config, task.tokenizer, task.state()).passage == "sentence"
     plain = task_of(model_directory, length=20)
     assert plain._context(example, "great", 15) == encode(example.context)[:15]
 
@@ -127,7 +123,6 @@ def test_styles(model_directory, tmp_path):
     ):
         task = Choice(FinetuneConfig(length=32, data=DataOptions(**columns)), tokenizer)
         examples = task.read_all([str(path)])
-        task.learn(examples)
         (row,) = task.rows(examples, labelled=True)
         texts.append((row.target, [ids[types.index(1) : -1] for ids, types in row.sequences]))
     said = lambda *lines: [tokenizer.encode(line, add_special_tokens=False) for line in lines]  # noqa: E731
@@ -142,8 +137,9 @@ def test_styles(model_directory, tmp_path):
         ({"choices": ["x", "y"], "label": 2}, "the label is 2; 0 to 1"),
         ({"choices": ["x", "y"], "label": "C"}, "the label is 'C'|the label is 2"),
         ({"choices": ["x", "y"]}, "there is no 'label'"),
+        ({"choices": ["x", "y"], "label": 0, "context": ["z"]}, "'context' is .*; a text was expected"),
     ],
-    ids=["one", "text", "number", "letter", "none"],
+    ids=["one", "text", "number", "letter", "none", "context"],
 )
 def test_bad_files(entry, message, model_directory, tmp_path):
     path = tmp_path / "a.jsonl"

@@ -148,3 +148,11 @@ def test_the_loss_of_early_exits(model_directory, draw):
     said = task.predictions(examples, batch.source, task.outputs(model, batch))
     assert [each["passes"] for each in said] == [2] * 4
     assert task.metrics(examples, said)["passes"] == 2
+
+
+def test_texts_and_pairs_are_not_mixed(model_directory):
+    task = task_of(model_directory)
+    mixed = [Example(HERE, "a film", None, None), Example(HERE, "a film", "a story", None)]
+    for examples in (mixed, mixed[::-1]):
+        with pytest.raises(DataError, match="a text and a pair of texts are mixed"):
+            task.rows(examples, labelled=False)

@@ -67,6 +67,8 @@ def test_columns(tmp_path):
         (["#", "Ada"], ["O", "B-person"], 4),
         (["b"], ["O"], 7),
     ]
+    assert [s.lines for s in found] == [(4, 5), (7,)]
+    assert found[0].place_of(1).line == 5
     assert [s.labels for s in read_columns(path, 0, None)] == [None, None]
 
 
@@ -85,5 +87,13 @@ def test_damaged_columns(tmp_path):
     path.write_text("a\tO\nb\n")
     with pytest.raises(DataError, match=r"line 2: it has 1 columns; 2 were expected"):
         list(read_columns(path, 0, -1))
+    path.write_text("a\tO\n\nb\n")
+    with pytest.raises(DataError, match=r"line 3: it has 1 columns; 2 were expected"):
+        list(read_columns(path, 0, -1))
+    path.write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"line 1: it has 1 columns, so that a word and its label are one"):
+        list(read_columns(path, 0, -1))
+    assert [s.words for s in read_columns(path, 0, None)] == [["a", "b"]]
+    path.write_text("a\tO\nb\tO\n")
     with pytest.raises(DataError, match=r"line 1: it has 2 columns, and the label's is number 5"):
         list(read_columns(path, 0, 5))

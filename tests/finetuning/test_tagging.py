@@ -7,7 +7,7 @@ import torch
 
 from albert_fast import AlbertConfig, AlbertForTokenClassification
 from albert_fast.finetuning.config import FinetuneConfig
-from albert_fast.finetuning.reading import Place, Sentence
+from albert_fast.finetuning.reading import DataError, Place, Sentence
 from albert_fast.finetuning.rows import pack
 from albert_fast.finetuning.tagging import Tagging, scheme_of
 from albert_fast.tokenizer import AlbertTokenizer
@@ -104,3 +104,21 @@ def test_entities_are_counted_strictly(model_directory):
     assert figures["precision"] == pytest.approx(1 / 3)
     assert figures["f1"] == pytest.approx(2 / 5)
     assert figures["accuracy"] == pytest.approx(2 / 5)
+
+
+def test_iob1_is_refused(model_directory):
+    """Where B- only parts neighbors; but some entities that begin with I- are noise, as in real files."""
+    task = task_of(model_directory)
+    old = [Sentence(HERE, ["a", "b", "c"], ["I-x", "I-x", "O"], (1, 2, 3)), Sentence(HERE, ["d"], ["I-y"], (5,))]
+    with pytest.raises(DataError, match=r"here, line 1: entities begin with I- \(IOB1\)"):
+        task.learn([*old, Sentence(HERE, ["a", "b"], ["I-x", "B-x"], (7, 8))])
+    noise = Sentence(HERE, ["a", "b", "c", "d", "e"], ["B-x", "O", "I-x", "B-x", "I-y"], (1, 2, 3, 4, 5))
+    task.learn([noise, Sentence(HERE, ["a"], ["B-y"], (7,))])
+    assert task.scheme == "BIO"
+
+
+def test_a_label_that_is_not_known_is_named_with_its_line(model_directory):
+    task = task_of(model_directory)
+    task.learn([Sentence(HERE, ["a", "b"], ["X", "Y"])])
+    with pytest.raises(DataError, match=r"here, line 9: the label 'Z' is not among"):
+        task.rows([Sentence(HERE, ["a", "b"], ["X", "Z"], (8, 9))], labelled=True)

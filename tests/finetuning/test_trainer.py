@@ -5,11 +5,13 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from albert_fast import AlbertForSequenceClassification
 from albert_fast.cli import main
 from albert_fast.finetuning.config import CONFIGURATION
 from albert_fast.finetuning.exits import curve
@@ -134,11 +136,15 @@ def test_every_row_comes_once_in_an_epoch(configure):
         (["task=guessing"], "task is 'guessing'; one of"),
         (["data.train=[]"], "data.train is not given"),
         (["length=100"], "length is 100 and the model has 64 positions"),
-        (["epochs=null"], "epochs, schedule.steps and schedule.seconds are all empty"),
+        (["schedule.seconds=5"], "epochs and schedule.seconds are both given"),
+        (["exit.patience=2"], "the model has no early exits"),
+        (["exit={patience: 2, confidence: 0.9}"], "both given; one rule"),
+        (["exit.confidence=1.5"], "exit.confidence is 1.5"),
+        (["early_exit=true", "parallel.tensor=2"], "parallel.tensor is not for speech and early_exit"),
         (["data.train=[missing.tsv]"], "missing.tsv cannot be read"),
         (["model=nowhere"], "nowhere"),
     ],
-    ids=["task", "train", "length", "epochs", "missing", "model"],
+    ids=["task", "train", "length", "epochs", "rule", "rules", "confidence", "tensor", "missing", "model"],
 )
 def test_mistakes(overrides, message, configure, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
@@ -156,10 +162,77 @@ def test_a_dev_file_with_another_label(configure, files):
 def test_presets(name):
     """The original's recipes, complete but for the files."""
     config = CONFIGURATION.parse(name, ["model=base", "output=x", "data.train=[x]"])
+    assert config.with_steps(10).schedule.steps == config.schedule.steps
+    assert replace(config, epochs=2.0).with_steps(10 * config.batch.size).schedule.steps == 20
     config.check_complete()
     assert config.schedule.steps >= 800
     assert config.optimizer.learning_rate <= 5e-5
     assert 0.05 < config.schedule.warmup <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("data", "lines", "figure"),
+    [
+        ({"kind": "regression"}, ["a fine film\t1.5", "a dull film\t-1", "a film\t0.25"], "spearman"),
+        ({"kind": "multi", "separator": "|"}, ["a fine film\tfilm|good", "a dull film\tfilm", "the end\t"], "f1"),
+        ({"text": "0", "label": "1"}, ["a fine film\tgood", "a dull film\tbad"], "accuracy"),
+    ],
+    ids=["regression", "multi", "columns"],
+)
+def test_a_model_knows_how_its_files_are_read(data, lines, figure, configure, tmp_path):
+    path = tmp_path / "labelled.tsv"
+    path.write_text("\n".join([*([] if "text" in data else ["text\tlabel"]), *lines]) + "\n")
+    options = [f"data.{key}={value}" for key, value in data.items()]
+    assert finetune(configure(*options, f"data.train=[{path}]", f"data.dev=[{path}]", "epochs=2", "batch.size=2")) == 0
+    best = tmp_path / "run" / "best"
+    kept = json.loads((best / "metrics.json").read_text())
+    assert Pipeline(best, device="cpu").evaluate([str(path)])[figure] == pytest.approx(kept[figure])
+    with pytest.raises(ValueError, match="there is no 'other'|no 'other'"):
+        Pipeline(best, ["data.text=other", "data.label=label"], device="cpu").evaluate([str(path)])
+
+
+def test_a_head_for_other_labels_is_left_out(configure, files, tmp_path):
+    """A task may begin with a model of another one: with its encoder."""
+    assert finetune(configure("epochs=1")) == 0
+    first = tmp_path / "run" / "best"
+    same = Finetuner(configure(f"model={first}", f"output={tmp_path / 'b'}"), parallel.start("cpu")).learner.model
+    before = AlbertForSequenceClassification.from_pretrained(first)
+    assert torch.equal(same.classifier.weight, before.classifier.weight)
+    lines = files["train"].read_text().splitlines()
+    files["train"].write_text("\n".join([*lines, "a film\tneither"]) + "\n")
+    other = Finetuner(configure(f"model={first}", f"output={tmp_path / 'c'}"), parallel.start("cpu")).learner.model
+    assert other.classifier.weight.shape[0] == 3
+    name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight"
+    assert torch.equal(other.state_dict()[name], before.state_dict()[name])
+    early = configure(f"model={first}", f"output={tmp_path / 'd'}", "early_exit=true")
+    assert len(Finetuner(early, parallel.start("cpu")).learner.model.exits) == 1
+
+
+def test_the_best_is_kept_where_the_disk_is_full(configure, tmp_path, monkeypatch):
+    config = configure("epochs=2")
+    export = Learner.export
+
+    def full(learner: Learner, directory: Path, states) -> None:
+        if directory.name == ".best.partial":
+            raise OSError(28, "No space left on device")
+        export(learner, directory, states)
+
+    monkeypatch.setattr(Learner, "export", full)
+    assert finetune(config) == 0
+    events = [record for record in tracking.read(tmp_path / "run") if record["kind"] == "event"]
+    assert any(event["name"] == "not_saved" and "No space" in event["message"] for event in events)
+    assert not (tmp_path / "run" / ".best.partial").exists()
+
+
+def test_what_is_better(configure):
+    task = Finetuner(configure(), parallel.start("cpu")).task
+    nan = float("nan")
+    assert task.is_better(0.5, None)
+    assert task.is_better(0.5, nan)
+    assert task.is_better(0.6, 0.5)
+    assert not task.is_better(0.5, 0.6)
+    assert not task.is_better(nan, None)
+    assert not task.is_better(nan, 0.5)
 
 
 def test_from_random_weights(configure, model_directory, draw: random.Random):
@@ -205,7 +278,7 @@ def test_early_exits(configure, files, tmp_path):
     best = tmp_path / "run" / "best"
     whole = Pipeline(best, device="cpu").evaluate([str(files["dev"])])
     assert whole["passes"] == 2
-    early = Pipeline(best, config=CONFIGURATION.parse(None, ["exit.confidence=0.51"]), device="cpu")
+    early = Pipeline(best, ["exit.confidence=0.51"], device="cpu")
     figures = early.evaluate([str(files["dev"])])
     assert figures["passes"] < 1.5
     assert figures["accuracy"] > 0.7
