@@ -209,10 +209,8 @@ def load_task(directory: Path, overrides: Sequence[str] = ()) -> Task:
     """
     try:
         known = json.loads((directory / TASK).read_text(encoding="utf-8"))
-        saved = [
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in known["config"].items()
-        ]
-        state = known["state"]
+        how, state = known["config"], known["state"]
+        saved = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in how.items()]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "

@@ -86,6 +86,7 @@ def rng_torch(seed):
 
 def test_figures():
     task = Classification.__new__(Classification)
+    task.config = FinetuneConfig()
     task.restore({"kind": "single", "labels": ["n", "p"], "early_exit": False})
     examples = [Example(HERE, "", None, label) for label in "pppnn"]
     said = [{"label": label} for label in "ppnnp"]

@@ -187,7 +187,7 @@ def test_a_model_knows_how_its_files_are_read(data, lines, figure, configure, tm
     best = tmp_path / "run" / "best"
     kept = json.loads((best / "metrics.json").read_text())
     assert Pipeline(best, device="cpu").evaluate([str(path)])[figure] == pytest.approx(kept[figure])
-    with pytest.raises(ValueError, match="there is no 'other'|no 'other'"):
+    with pytest.raises(ValueError, match="no 'other'"):
         Pipeline(best, ["data.text=other", "data.label=label"], device="cpu").evaluate([str(path)])
 
 
