@@ -23,6 +23,7 @@ EVENTS = ("rollback", "collapse", "not_finite", "plateau")
 
 
 SHARES = "correct"  # the unit of accuracies
+ERRORS = "errors"  # and of error rates
 START = 0.03  # of a run: what falls from a random model's loss there would leave no room for the rest
 
 
@@ -55,6 +56,7 @@ PRETRAINING = (
     Panel("Speed", "tokens/s", "tokens_per_second", zero=True),
 )
 
+NAMES = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF"}  # where a key's first letter is not all
 MEASURED = 3  # figures of a task that have a panel
 
 
@@ -67,8 +69,9 @@ def panels_of(records: Records) -> tuple[Panel, ...]:
     measured = []
     for key in list(keys)[:MEASURED]:
         values = [abs(r[key]) for r in records if r.get(key) is not None]
-        unit = SHARES if max(values, default=0.0) <= 1 and key != "mean_squared_error" else ""
-        measured.append(Panel(key.replace("_", " ").capitalize(), unit, key))
+        unit = ERRORS if key in ("wer", "cer") else SHARES if max(values, default=0.0) <= 1 else ""
+        unit = "" if key == "mean_squared_error" else unit
+        measured.append(Panel(NAMES.get(key, key.replace("_", " ").capitalize()), unit, key))
     return (Panel("Loss", "nats", "loss"), *measured, *PRETRAINING[-2:])
 
 
@@ -119,7 +122,7 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        if panel.unit == SHARES:
+        if panel.unit in (SHARES, ERRORS):
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         elif panel.unit == "tokens/s":
             axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))

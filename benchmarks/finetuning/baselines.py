@@ -94,9 +94,9 @@ def answers(folder: Path) -> dict[str, float]:
 
     def best(questions: list[tuple[list[str], list[str]]]) -> tuple[int, int]:
         """First in steps, then around the best."""
-        coarse = [(a, n) for a in range(0, MOST_START, 4) for n in range(1, MOST_WORDS, 4)]
+        coarse = [(a, n) for a in range(0, MOST_START, 6) for n in range(2, MOST_WORDS, 6)]
         start, size = max(coarse, key=lambda window: f1(questions, *window))
-        fine = [(a, n) for a in range(max(0, start - 3), start + 4) for n in range(max(1, size - 3), size + 4)]
+        fine = [(a, n) for a in range(max(0, start - 4), start + 5, 2) for n in range(max(1, size - 4), size + 5, 2)]
         return max(fine, key=lambda window: f1(questions, *window))
 
     # The bar is the best window of all, chosen on the questions that are judged.

@@ -117,16 +117,18 @@ def test_panels_of_a_task():
         "seconds": 1.0,
         "tokens": 2,
         "bleu": 20.0,
+        "wer": 1.2,
         "exact_match": 0.5,
         "weights": "model",
     }
     found = [(panel.title, panel.unit, panel.key) for panel in panels_of([train, said])]
-    assert found[:3] == [
+    assert found[:4] == [
         ("Loss", "nats", "loss"),
-        ("Bleu", "", "bleu"),
+        ("BLEU", "", "bleu"),
+        ("WER", plotting.ERRORS, "wer"),
         ("Exact match", plotting.SHARES, "exact_match"),
     ]
-    assert [key for *_, key in found[3:]] == ["learning_rate", "tokens_per_second"]
+    assert [key for *_, key in found[4:]] == ["learning_rate", "tokens_per_second"]
 
 
 @pytest.mark.parametrize(
