@@ -17,6 +17,8 @@ from albert_fast.model import (
 )
 from albert_fast.packing import PackedBatch
 from albert_fast.quantization import quantize
+from albert_fast.seq2seq import AlbertForSeq2SeqLM
+from albert_fast.speech import AlbertForCTC
 
 try:
     __version__ = version("albert_fast")
@@ -30,10 +32,12 @@ if (_checkout / "kernels" / "launch.py").is_file():
 
 __all__ = [
     "AlbertConfig",
+    "AlbertForCTC",
     "AlbertForMaskedLM",
     "AlbertForMultipleChoice",
     "AlbertForPreTraining",
     "AlbertForQuestionAnswering",
+    "AlbertForSeq2SeqLM",
     "AlbertForSequenceClassification",
     "AlbertForTokenClassification",
     "AlbertModel",

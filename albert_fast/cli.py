@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +92,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.set_defaults(run=_pretrain)
 
+    finetune = commands.add_parser(
+        "finetune",
+        help="train a task on labelled examples; called again, it goes on",
+        description="Presets for --config are the original's recipes: "
+        "glue-cola, glue-sst2 …, squad-v1, squad-v2, race. Keeps the checkpoint that is best on --dev in OUT/best. "
+        "`torchrun --nproc-per-node N -m "
+        "albert_fast.cli finetune …` does so in several processes.",
+    )
+    finetune.add_argument(
+        "task", nargs="?", metavar="TASK", help="classification, tagging, answering, choice, translation, speech"
+    )
+    finetune.add_argument("--set", nargs="+", default=[], metavar="key=value", help="such as epochs=5; see --keys")
+    finetune.add_argument("--model", metavar="DIR", help="a checkpoint with its vocabulary, or a config.json")
+    finetune.add_argument("--train", nargs="+", metavar="FILE", help="labelled examples")
+    finetune.add_argument("--dev", nargs="+", metavar="FILE", help="labelled examples to evaluate on")
+    finetune.add_argument("-o", "--output", metavar="OUT", help="the directory of the run")
+    finetune.add_argument("--config", metavar="YAML", help="a preset, or a file with any of the keys")
+    finetune.add_argument("--keys", action="store_true", help="print all keys with their defaults")
+    finetune.set_defaults(run=_finetune)
+
+    evaluate = commands.add_parser("evaluate", help="the figures of a fine-tuned model on labelled files, as JSON")
+    predict = commands.add_parser("predict", help="what a fine-tuned model says of files, a line of JSON each")
+    evaluate.add_argument(
+        "--exits",
+        action="store_true",
+        help="of a model with early exits: accuracy and time by rule, a line of JSON each",
+    )
+    for command, run in ((evaluate, _evaluate), (predict, _predict)):
+        command.add_argument("model", help="a directory that `albert-fast finetune` wrote, such as OUT/best")
+        command.add_argument("files", nargs="+", metavar="FILE", help="of the task's format")
+        command.add_argument("-o", "--output", metavar="FILE", help="where to write; standard output when not given")
+        command.add_argument("--set", nargs="+", default=[], metavar="key=value", help="such as data.text=1")
+        command.add_argument("--device", default=None, help="cpu, cuda …; a GPU where there is one when not given")
+        command.set_defaults(run=run)
+
     extend = commands.add_parser("extend", help="lengthen a model's position table by interpolation")
     extend.add_argument("source", metavar="DIR", help="a Hugging Face directory")
     extend.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
@@ -99,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     extend.set_defaults(run=_extend)
 
     plot = commands.add_parser("plot", help="the curves of one run or several, side by side")
-    plot.add_argument("runs", nargs="+", metavar="RUN", help="directories that `pretrain` has written")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="directories that `pretrain` or `finetune` has written")
     plot.add_argument("-o", "--output", required=True, metavar="PNG", help="the picture to make")
     plot.add_argument("--x", default="tokens", help="tokens, step or seconds (default: %(default)s)")
     plot.set_defaults(run=_plot)
@@ -261,6 +297,56 @@ def _corpus(args: argparse.Namespace) -> int:
     return 0
 
 
+def _finetune(args: argparse.Namespace) -> int:
+    import json
+
+    from albert_fast.finetuning import run
+    from albert_fast.finetuning.config import CONFIGURATION
+
+    if args.keys:
+        print(CONFIGURATION.describe())
+        return 0
+    given = {"model": args.model, "output": args.output, "data.train": args.train, "data.dev": args.dev}
+    named = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items() if value]
+    task = [] if args.task is None else [f"task={args.task}"]
+    return run.finetune(CONFIGURATION.parse(args.config, [*task, *named, *args.set]))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import json
+
+    def figures(pipeline: Any) -> str:
+        if args.exits:
+            from albert_fast.finetuning.exits import curve
+
+            return "".join(json.dumps(point) + "\n" for point in curve(pipeline, args.files))
+        return json.dumps(pipeline.evaluate(args.files), indent=2) + "\n"
+
+    return _with_pipeline(args, figures)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import json
+
+    def lines(pipeline: Any) -> str:
+        return "".join(json.dumps(said, ensure_ascii=False) + "\n" for said in pipeline.predict(args.files))
+
+    return _with_pipeline(args, lines)
+
+
+def _with_pipeline(args: argparse.Namespace, text: Callable[[Any], str]) -> int:
+    from pathlib import Path
+
+    from albert_fast.finetuning.run import Pipeline
+
+    written = text(Pipeline(args.model, args.set, device=args.device))
+    if args.output is None:
+        sys.stdout.write(written)
+    else:
+        Path(args.output).write_text(written, encoding="utf-8")
+    return 0
+
+
 def _pretrain(args: argparse.Namespace) -> int:
     from albert_fast.pretraining import config, run
 
@@ -282,7 +368,7 @@ def _extend(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from albert_fast.pretraining.plot import plot
+    from albert_fast.training.plot import plot
 
     plot(args.runs, args.output, x=args.x)
     print(f"wrote {args.output}")

@@ -12,8 +12,9 @@ What differs from transformers, on purpose:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -171,6 +172,21 @@ class AlbertTransformer(nn.Module):
             input_means=self.input_means,
         )
 
+    def one_pass(self, hidden: Tensor, batch: PackedBatch, number: int) -> Tensor:
+        """Pass `number`, from 0, without dropout: [tokens, hidden] -> [tokens, hidden]. For one group of layers."""
+        return ops.encoder(
+            hidden,
+            self._parameters_of_layers(),
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            **{**self._shape(), "num_layers": 1},
+            hidden_dropout_p=0.0,
+            attention_dropout_p=0.0,
+            seed=None,
+            quantized=self.quantized,
+            input_means=None if self.input_means is None else self.input_means[number : number + 1],
+        )
+
     def observe_input_means(self, embedded: Tensor, batch: PackedBatch) -> Tensor:
         """What `input_means` is to be, for inputs like these."""
         hidden = self.embedding_hidden_mapping_in(embedded)
@@ -266,7 +282,7 @@ class AlbertPreTrainedModel(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.LayerNorm | AlbertMLMHead):
+        if isinstance(module, nn.Linear | nn.LayerNorm | AlbertMLMHead) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
@@ -317,6 +333,7 @@ class AlbertPreTrainedModel(nn.Module):
         config: AlbertConfig | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        parts: Sequence[str] | None = None,
         **overrides: Any,
     ) -> Model:
         """Reads a Hugging Face directory: config.json, and safetensors (single or sharded) or pytorch_model.bin.
@@ -326,6 +343,7 @@ class AlbertPreTrainedModel(nn.Module):
             config: in place of the directory's config.json.
             dtype: of the parameters; that of the file when None.
             device: where the parameters shall be.
+            parts: patterns of the tensors that are read, such as "albert.*" without another task's head; None: all.
             overrides: fields of the config, such as num_labels=3.
 
         Returns:
@@ -343,9 +361,10 @@ class AlbertPreTrainedModel(nn.Module):
             model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         tied = cls._tied_weights_keys if config.tie_word_embeddings else {}
-        state = check_state_dict(
-            read_state_dict(directory), expected, tied=tied, newly_initialized=cls._newly_initialized
-        )
+        read = read_state_dict(directory)
+        if parts is not None:
+            read = {name: tensor for name, tensor in read.items() if any(fnmatchcase(name, part) for part in parts)}
+        state = check_state_dict(read, expected, tied=tied, newly_initialized=cls._newly_initialized)
         dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
         model.to(dtype).to_empty(device=device)

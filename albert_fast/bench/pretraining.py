@@ -29,14 +29,14 @@ from albert_fast.bench.data import Text
 from albert_fast.bench.peers.albert_fast import forced_backend
 from albert_fast.bench.work import Row, Work, time_rows
 from albert_fast.bench.worker import TURN, Process, WorkerError, median, peak_bytes, read_request, synchronize
-from albert_fast.pretraining import parallel
 from albert_fast.pretraining.examples import Batch, ExampleOptions, Examples
-from albert_fast.pretraining.lamb import Lamb, parameter_groups
 from albert_fast.pretraining.masking import IGNORE_INDEX, Vocabulary
-from albert_fast.pretraining.objective import Objective
+from albert_fast.pretraining.objective import MaskedLMObjective
 from albert_fast.pretraining.sentences import split
 from albert_fast.pretraining.store import TokenStore
 from albert_fast.tokenizer import AlbertTokenizer
+from albert_fast.training import parallel
+from albert_fast.training.lamb import Lamb, parameter_groups
 
 OURS, THEIRS = TRAINERS
 
@@ -233,7 +233,7 @@ def train_ours(
     """Steps of this package, without end."""
     model = AlbertForPreTraining(config).to(device).train()
     model.load_state_dict(state_dict)
-    objective = Objective(model, torch.zeros(config.vocab_size, device=device), mask_id=4)
+    objective = MaskedLMObjective(model, torch.zeros(config.vocab_size, device=device), mask_id=4)
     groups = parameter_groups(model, WEIGHT_DECAY)
     optimizer = Lamb(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, bias_correction=True, adapt=False)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -244,7 +244,7 @@ def train_ours(
             turns.end(_step(objective, optimizer, parameters, batch))
 
 
-def _step(objective: Objective, optimizer: Lamb, parameters: list[Tensor], batch: Batch) -> Tensor:
+def _step(objective: MaskedLMObjective, optimizer: Lamb, parameters: list[Tensor], batch: Batch) -> Tensor:
     """What `pretraining.trainer` does with a batch; the loss."""
     optimizer.zero_grad()
     sums = objective(batch)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import nn
 
 from albert_fast.pretraining.examples import Examples
-from albert_fast.pretraining.objective import COUNTS, Means
-from albert_fast.pretraining.parallel import World
+from albert_fast.pretraining.objective import Means
+from albert_fast.training.learner import Learner
+from albert_fast.training.parallel import World
 
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, examples: Examples, rows: int, micro: int, world: World, *, bfloat16: bool = False
+    learner: Learner, examples: Examples, rows: int, micro: int, world: World, *, bfloat16: bool = False
 ) -> Means:
     """Means over the first `rows` examples, or as many as there are.
 
     Args:
-        module: an Objective, or what `parallelize` made of one.
         micro: rows that a rank computes at once.
         bfloat16: by autocast.
     """
-    rows = min(rows, examples.size(0))
-    losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-    counts = torch.zeros(COUNTS, dtype=torch.float64, device=world.device)
+    rows, module = min(rows, examples.size(0)), learner.evaluated
+    losses = counts = torch.zeros((), dtype=torch.float64, device=world.device)
     was_training = module.training
     module.eval()
     try:
@@ -34,11 +34,8 @@ def evaluate(
             batch = examples.batch(0, mine or of_all[:1]).to(world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
                 sums = module(batch)
-            if mine:
-                losses += sums.losses
-                counts += sums.counts
+            share = float(bool(mine))
+            losses, counts = losses + share * sums.losses, counts + share * sums.counts
     finally:
         module.train(was_training)
-    world.sum(losses)
-    world.sum(counts)
-    return Means.of(losses, counts)
+    return cast(Means, learner.objective.means(world.sum(losses.contiguous()), world.sum(counts.contiguous())))

@@ -26,8 +26,8 @@ from albert_fast.packing import PackedBatch
 from albert_fast.pretraining.glossary import Glossary, Occurrences, find_occurrences
 from albert_fast.pretraining.masking import IGNORE_INDEX, Rows, Vocabulary, mask, replace_tokens
 from albert_fast.pretraining.plan import ExampleOptions, Integers, Plan, coins, cuts, make_plan, plan_of_words, targets
-from albert_fast.pretraining.randomness import Bits, Purpose, below, bits, example_keys, heads, stream
 from albert_fast.pretraining.store import TokenStore
+from albert_fast.training.randomness import Bits, Purpose, below, bits, example_keys, heads, stream
 
 KEPT_PLANS = 2  # the current epoch's, and the next one's that a loader may already read
 

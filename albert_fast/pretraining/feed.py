@@ -11,9 +11,9 @@ from albert_fast.pretraining.config import DataOptions, PretrainConfig
 from albert_fast.pretraining.examples import Batch, Batches, Examples
 from albert_fast.pretraining.glossary import Glossary, read_glossary
 from albert_fast.pretraining.masking import Vocabulary
-from albert_fast.pretraining.schedules import LengthStages
 from albert_fast.pretraining.store import TokenStore
 from albert_fast.tokenizer import AlbertTokenizer
+from albert_fast.training.schedules import LengthStages
 
 HELD_OUT_SEED = 0  # of held-out examples, so that runs of other seeds are compared on the same ones
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from albert_fast.ops.checks import check
 from albert_fast.pretraining.masking import Vocabulary
-from albert_fast.pretraining.randomness import mix
 from albert_fast.pretraining.store import TokenStore
+from albert_fast.training.randomness import mix
 
 if TYPE_CHECKING:
     from albert_fast.tokenizer import AlbertTokenizer

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from albert_fast.ops.checks import check
+from albert_fast.training.findings import Finding, not_finite
 
 # Standard errors of the smoothed gain. The best of a long run is a few above the truth, and the worst as many below.
 NOISE = 10.0
@@ -22,19 +23,6 @@ STILL_LEARNING = 0.25
 # Of what was lost, from one span to the next: what comes back at this pace, after a change of the length, say, is no
 # collapse.
 RECOVERING = 0.05
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong.
-
-    Attributes:
-        kind: not_finite, collapse or plateau.
-        message: a paragraph for people: what was seen, what it means, what to try.
-    """
-
-    kind: str
-    message: str
 
 
 @dataclass
@@ -104,7 +92,7 @@ class Watch:
             gradient_norm: before clipping.
         """
         if not all(map(math.isfinite, (masked_lm_loss, unigram_loss, gradient_norm))):
-            return _not_finite(masked_lm_loss, gradient_norm)
+            return not_finite(masked_lm_loss, gradient_norm)
         gain = unigram_loss - masked_lm_loss
         smoothed = self._smooth(gain)
         return self._collapse(step, gain, smoothed, unigram_loss) or self._plateau(progress, gain)
@@ -164,7 +152,7 @@ class Watch:
         if mean >= self.plateau_nats or mean - before >= STILL_LEARNING * self.plateau_nats:
             return None
         state.plateau_found = True
-        return Finding("plateau", _plateau_message(progress, mean, before, self.plateau_nats))
+        return Finding("plateau", _plateau_message(progress, mean, before, self.plateau_nats), fatal=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -208,14 +196,4 @@ def _plateau_message(progress: float, mean: float, before: float, nats: float) -
         "smoothly and stopped here, a lower one if it jumped up first); LAMB or AdamW with a larger batch; no dropout, "
         "which small models do not need; and look at the data: that the vocabulary is the one that made the corpus, "
         "and that the sentence-order labels are learned or switched off."
-    )
-
-
-def _not_finite(masked_lm_loss: float, gradient_norm: float) -> Finding:
-    return Finding(
-        "not_finite",
-        f"The masked-LM loss is {masked_lm_loss:g} and the gradient's norm {gradient_norm:g}: an update from these "
-        "would leave no weight a number. It is the end of a run that diverged (a lower learning rate, a longer warm-up "
-        "or a larger batch helps), an overflow (float16 needs a loss scale, bfloat16 does not), or a weight that was "
-        "no number before: go on from a checkpoint before it.",
     )

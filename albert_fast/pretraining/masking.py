@@ -44,7 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining.randomness import Bits, Purpose, below, bits, stream, uniform
+from albert_fast.training.randomness import Bits, Purpose, below, bits, stream, uniform
 
 if TYPE_CHECKING:
     from albert_fast.tokenizer import AlbertTokenizer

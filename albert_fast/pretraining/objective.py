@@ -1,10 +1,4 @@
-"""What pretraining minimizes: the masked-LM loss and the second task's, as sums over a batch.
-
-A mean over a micro-batch is a mean of means in the end: labels are unevenly spread, and accumulation, ranks and ragged
-rows would each give another gradient. So the losses are summed here, and the training loop divides them once by the
-counts of the whole step:
-
-    loss = sum(masked-LM losses) / labels + sum(sentence-order losses) / rows
+"""What pretraining minimizes: the masked-LM loss and the second task's, divided by the labels and the rows of a step.
 
 (google-research/albert, run_pretraining.py: weights 1 to 1, no dropout before the sentence-order classifier; it divides
 per shard.)
@@ -23,23 +17,9 @@ from albert_fast.ops.masked_lm_loss import masked_lm_loss_with_statistics
 from albert_fast.pretraining.examples import Batch
 from albert_fast.pretraining.masking import IGNORE_INDEX
 from albert_fast.pretraining.store import TokenStore
+from albert_fast.training.objective import Objective, Sums
 
-COUNTS = 9  # of Sums
 _BLOCK, _MOST_BLOCKS = 1 << 20, 128  # tokens that unigram_losses counts at a time, and how often
-
-
-class Sums(NamedTuple):
-    """Of one batch, or added up over several.
-
-    Attributes:
-        losses: [2], the summed masked-LM loss and the summed loss of the second task (0 without one).
-        counts: float64 [COUNTS], without gradient: labelled tokens, rows, labelled tokens whose label came first, rows
-            whose order was told, tokens, and the summed loss of the unigram model on the same labels; then labelled
-            tokens that show [MASK], and the summed losses there, the model's and the unigram model's.
-    """
-
-    losses: Tensor
-    counts: Tensor
 
 
 class Means(NamedTuple):
@@ -61,9 +41,10 @@ class Means(NamedTuple):
     labels: int
     rows: int
     tokens: int
+    second_task: bool
 
     @classmethod
-    def of(cls, losses: Tensor, counts: Tensor) -> Means:
+    def of(cls, losses: Tensor, counts: Tensor, *, second_task: bool = True) -> Means:
         """Of the sums of all micro-batches and ranks; reads them from the device."""
         masked, order, *of = torch.cat([losses.double(), counts]).tolist()
         labels, rows, correct, told, tokens, unigram, masks, at_masks, unigram_at_masks = of
@@ -80,9 +61,10 @@ class Means(NamedTuple):
             labels=int(labels),
             rows=int(rows),
             tokens=int(tokens),
+            second_task=second_task,
         )
 
-    def record(self, second_task: bool) -> dict[str, float]:
+    def record(self) -> dict[str, float]:
         """The fields of a record of the run's log."""
         record = {
             "loss": self.loss,
@@ -92,14 +74,18 @@ class Means(NamedTuple):
             "below_unigram_at_masks": self.unigram_loss_at_masks - self.loss_at_masks,
             "masked_accuracy": self.masked_accuracy,
         }
-        if second_task:
+        if self.second_task:
             record["sentence_order_loss"] = self.sentence_order_loss
             record["sentence_order_accuracy"] = self.sentence_order_accuracy
         return record
 
 
-class Objective(nn.Module):
-    """A model with what it is trained for.
+class MaskedLMObjective(Objective):
+    """Masked-LM loss, and that of the second task.
+
+    Its counts are float64 [9]: labelled tokens, rows, labelled tokens whose label came first, rows whose order was
+    told, tokens, and the summed loss of the unigram model on the same labels; then labelled tokens that show [MASK],
+    and the summed losses there, the model's and the unigram model's.
 
     Args:
         model: AlbertForPreTraining, or AlbertForMaskedLM where there is no second task: a head that nothing is asked of
@@ -107,8 +93,10 @@ class Objective(nn.Module):
         unigram_losses: [vocab], `unigram_losses` of the training text.
         mask_id: of [MASK].
         label_smoothing, z_loss: as in `ops.masked_lm_loss`; in training alone.
+        sentence_order_weight: of the second task's gradient.
     """
 
+    model: AlbertForPreTraining | AlbertForMaskedLM
     unigram_losses: Tensor
 
     def __init__(
@@ -119,10 +107,12 @@ class Objective(nn.Module):
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        sentence_order_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.mask_id = model, mask_id
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.weights = (1.0, sentence_order_weight)
         self.register_buffer("unigram_losses", unigram_losses, persistent=False)
 
     def forward(self, batch: Batch) -> Sums:
@@ -153,6 +143,16 @@ class Objective(nn.Module):
         counts = [labelled.sum(), rows, statistics.correct.sum(), told, tokens, (unigram * labelled).sum()]
         counts += [at_mask.sum(), (statistics.loss * at_mask).sum(), (unigram * at_mask).sum()]
         return Sums(torch.stack([masked, order]), torch.stack([count.double() for count in counts]))
+
+    def divisors(self, batch: Batch) -> list[float]:
+        return [float((batch.labels != IGNORE_INDEX).sum()), float(batch.rows)]
+
+    def means(self, losses: Tensor, counts: Tensor) -> Means:
+        return Means.of(losses, counts, second_task=isinstance(self.model, AlbertForPreTraining))
+
+    def with_model(self, model: nn.Module) -> MaskedLMObjective:
+        assert isinstance(model, AlbertForPreTraining | AlbertForMaskedLM)
+        return MaskedLMObjective(model, self.unigram_losses, self.mask_id)
 
 
 def unigram_losses(store: TokenStore) -> Tensor:

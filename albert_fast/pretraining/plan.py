@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from albert_fast.ops.checks import check
 from albert_fast.pretraining.masking import MaskingOptions
-from albert_fast.pretraining.randomness import Bits, Purpose, below, bits, example_keys, stream, uniform
 from albert_fast.pretraining.store import TokenStore
+from albert_fast.training.randomness import Bits, Purpose, below, bits, example_keys, stream, uniform
 
 SENTENCE_ORDERS = ("sop", "nsp", "none")
 BLOCK = 1 << 16  # sentences looked at together: what a core's cache holds

@@ -7,14 +7,15 @@ import sys
 import torch
 
 from albert_fast.ops.checks import check
-from albert_fast.pretraining import parallel
 from albert_fast.pretraining.batch_size import find_batch_size, memory_of
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.examples import Batch
 from albert_fast.pretraining.feed import Corpus
-from albert_fast.pretraining.learner import Learner
+from albert_fast.pretraining.learner import make_learner
 from albert_fast.pretraining.masking import IGNORE_INDEX
-from albert_fast.pretraining.trainer import Trainer, TrainingFailed
+from albert_fast.pretraining.trainer import Trainer
+from albert_fast.training import parallel
+from albert_fast.training.loop import TrainingFailed
 
 
 def train(config: PretrainConfig) -> int:
@@ -35,7 +36,7 @@ def find_micro_batch(config: PretrainConfig) -> int:
     with parallel.start(config.device) as world:
         check(world.size == 1, f"--find-batch-size runs in one process, and there are {world.size}")
         corpus = Corpus(config.data)
-        learner = Learner(config, corpus, world)
+        learner = make_learner(config, corpus, world)
         learner.optimizer.allocate()
         longest = max(length for _, length in config.stages.stages)
         share = config.examples.masking.rate

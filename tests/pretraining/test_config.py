@@ -7,8 +7,10 @@ import pytest
 
 from albert_fast import AlbertConfig
 from albert_fast.pretraining import config
-from albert_fast.pretraining.config import BatchOptions, ModelOptions, ScheduleOptions, parse
-from albert_fast.pretraining.schedules import Warmup
+from albert_fast.pretraining.config import ModelOptions, RowOptions, parse
+from albert_fast.training.configuration import write
+from albert_fast.training.options import SCHEDULES, ScheduleOptions
+from albert_fast.training.schedules import Warmup
 
 NEEDED = ["output=runs/x", "data.train=store"]
 
@@ -67,7 +69,7 @@ schedule: {steps: 100}
 
 def test_what_is_written_is_read(tmp_path):
     options = parse("tiny", [*NEEDED, "batch.stages=[[0.5, 64], [0.5, 128]]", "seed=3"])
-    config.write(options, tmp_path / "config.yaml")
+    write(options, tmp_path / "config.yaml")
     assert parse(tmp_path / "config.yaml") == options
     assert json.loads((tmp_path / "config.yaml").read_text())["seed"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -128,16 +130,16 @@ def test_what_is_missing():
 
 
 def test_micro_batches_of_all_ranks():
-    assert BatchOptions(size=64, micro=8).ramped(2).multiple == 16
-    assert BatchOptions(size=64).ramped(4).multiple == 64
-    assert BatchOptions(size=64, micro=100).ramped(2).multiple == 64
+    assert RowOptions(size=64, micro=8).ramped(2).multiple == 16
+    assert RowOptions(size=64).ramped(4).multiple == 64
+    assert RowOptions(size=64, micro=100).ramped(2).multiple == 64
     with pytest.raises(ValueError, match="a multiple of the 3 ranks"):
-        BatchOptions(size=64).ramped(3)
+        RowOptions(size=64).ramped(3)
     with pytest.raises(ValueError, match="48 \\(multiple\\) divides"):
-        BatchOptions(size=64, micro=24).ramped(2)
+        RowOptions(size=64, micro=24).ramped(2)
 
 
-@pytest.mark.parametrize("shape", config.SCHEDULES)
+@pytest.mark.parametrize("shape", SCHEDULES)
 def test_each_schedule_rises_and_stays_in_range(shape):
     rate = ScheduleOptions(steps=10, shape=shape, warmup=0.2).rate()
     assert isinstance(rate, Warmup)

@@ -15,8 +15,8 @@ from albert_fast.pretraining.examples import Batch, Batches, Examples, truncated
 from albert_fast.pretraining.glossary import Entry, Glossary, GlossaryError, find_occurrences, read_glossary
 from albert_fast.pretraining.masking import MaskingOptions, Vocabulary
 from albert_fast.pretraining.plan import ExampleOptions
-from albert_fast.pretraining.randomness import example_keys
 from albert_fast.pretraining.store import TokenStore
+from albert_fast.training.randomness import example_keys
 
 SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
 SIZE = 4000

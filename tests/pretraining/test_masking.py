@@ -21,7 +21,7 @@ from albert_fast.pretraining.masking import (
     mask,
     replace_tokens,
 )
-from albert_fast.pretraining.randomness import Purpose, below, bits, example_keys, heads, stream, uniform
+from albert_fast.training.randomness import Purpose, below, bits, example_keys, heads, stream, uniform
 
 SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
 PIECES = [

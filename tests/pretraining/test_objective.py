@@ -8,7 +8,7 @@ import transformers
 from albert_fast import AlbertConfig, AlbertForMaskedLM
 from albert_fast.pretraining.examples import Batch, Examples
 from albert_fast.pretraining.initialization import build_model
-from albert_fast.pretraining.objective import COUNTS, Means, Objective, unigram_losses
+from albert_fast.pretraining.objective import MaskedLMObjective, Means, unigram_losses
 from albert_fast.pretraining.plan import ExampleOptions
 from albert_fast.pretraining.store import TokenStore
 
@@ -43,7 +43,7 @@ def test_the_losses_are_those_of_transformers(rng):
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "dtype")}
     theirs = transformers.AlbertForPreTraining(transformers.AlbertConfig(**values)).double().eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
-    sums = Objective(model, unigram_losses(store), MASK).train()(batch)
+    sums = MaskedLMObjective(model, unigram_losses(store), MASK).train()(batch)
     expected = theirs(**batch.padded())
     labels, rows = sums.counts[:2]
     assert rows == batch.rows == 12
@@ -68,7 +68,7 @@ def test_the_counts(rng):
     store, batch = make_batch(rng)
     model = build_model(AlbertConfig.base(**SMALL), second_task=True, seed=int(rng.integers(99))).eval()
     unigram = unigram_losses(store)
-    objective = Objective(model, unigram, MASK).eval()
+    objective = MaskedLMObjective(model, unigram, MASK).eval()
     with torch.no_grad():
         losses, counts = objective(batch)
         outputs = model(batch.packed())
@@ -94,7 +94,7 @@ def test_sums_add_up(rng):
     store, _ = make_batch(rng)
     examples = Examples(store, VOCABULARY, ExampleOptions(length=64, short_probability=0.5))
     model = build_model(AlbertConfig.base(**SMALL), second_task=True, seed=1)
-    objective = Objective(model, unigram_losses(store), MASK)
+    objective = MaskedLMObjective(model, unigram_losses(store), MASK)
     whole, first, second = (objective(examples.batch(0, rows)) for rows in (range(12), range(5), range(5, 12)))
     torch.testing.assert_close(first.losses + second.losses, whole.losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first.counts + second.counts, whole.counts, rtol=1e-5, atol=1e-3)
@@ -104,15 +104,15 @@ def test_smoothing_is_for_training_alone(rng):
     store, batch = make_batch(rng, sentence_order="none")
     model = build_model(AlbertConfig.base(**SMALL), second_task=False, seed=1)
     assert isinstance(model, AlbertForMaskedLM)
-    plain = Objective(model, unigram_losses(store), MASK)
-    other = Objective(model, unigram_losses(store), MASK, label_smoothing=0.2, z_loss=0.1)
+    plain = MaskedLMObjective(model, unigram_losses(store), MASK)
+    other = MaskedLMObjective(model, unigram_losses(store), MASK, label_smoothing=0.2, z_loss=0.1)
     assert other.train()(batch).losses[0] > plain(batch).losses[0] * 1.001
     torch.testing.assert_close(other.eval()(batch).losses, plain.eval()(batch).losses)
-    assert plain(batch).counts.shape == (COUNTS,)
+    assert plain(batch).counts.shape == (9,)
 
 
 def test_a_batch_without_labels(rng):
-    means = Means.of(torch.zeros(2), torch.zeros(COUNTS))
+    means = Means.of(torch.zeros(2), torch.zeros(9))
     assert means.loss == means.unigram_loss == means.masked_accuracy == 0
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from albert_fast import cli
-from albert_fast.pretraining import run, tracking
-from albert_fast.pretraining.trainer import Trainer, TrainingFailed
+from albert_fast.pretraining import run
+from albert_fast.pretraining.trainer import Trainer
+from albert_fast.training import tracking
+from albert_fast.training.loop import TrainingFailed
 
 from .conftest import small_run
 

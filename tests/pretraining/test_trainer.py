@@ -15,12 +15,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from albert_fast import AlbertForMaskedLM, AlbertForPreTraining
-from albert_fast.pretraining import parallel, tracking, trainer
-from albert_fast.pretraining.checkpoints import Checkpoints, CheckpointWriteError, load_tensors
 from albert_fast.pretraining.config import PretrainConfig, parse
-from albert_fast.pretraining.learner import Learner
-from albert_fast.pretraining.trainer import Trainer, TrainingFailed
+from albert_fast.pretraining.trainer import Trainer
 from albert_fast.tokenizer import AlbertTokenizer
+from albert_fast.training import loop, parallel, tracking
+from albert_fast.training.checkpoints import Checkpoints, CheckpointWriteError, load_tensors
+from albert_fast.training.learner import Learner
+from albert_fast.training.loop import TrainingFailed
 
 from .conftest import small_run
 
@@ -349,7 +350,7 @@ def test_a_disk_that_is_full_at_the_start(make_config, monkeypatch):
 
 def spoil(monkeypatch, from_step: int, how) -> None:
     """After the update of this step, and of each one until the run goes back, the weights are changed."""
-    update, load, count, healed = Learner.update, trainer.load_tensors, [], []
+    update, load, count, healed = Learner.update, loop.load_tensors, [], []
 
     def spoiled(self, rate):
         update(self, rate)
@@ -363,7 +364,7 @@ def spoil(monkeypatch, from_step: int, how) -> None:
         load(*args)
 
     monkeypatch.setattr(Learner, "update", spoiled)
-    monkeypatch.setattr(trainer, "load_tensors", loaded)
+    monkeypatch.setattr(loop, "load_tensors", loaded)
 
 
 def make_nan(learner: Learner) -> None:
