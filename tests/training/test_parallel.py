@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretraining.test_examples import SIZE, VOCABULARY, random_store
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -23,7 +24,6 @@ from albert_fast.training import parallel
 from albert_fast.training.lamb import Lamb, parameter_groups
 from albert_fast.training.sharded import local, norms, whole
 from albert_fast.training.tensor_parallel import check_tensor_ranks
-from tests.pretraining.test_examples import SIZE, VOCABULARY, random_store
 
 ROWS, MICRO_BATCHES, STEPS, MOST = 8, 2, 5, 0.3
 SHAPE = {
@@ -351,7 +351,7 @@ def test_a_grid_of_two_by_two() -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     tests = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*run, "-m", "pretraining.test_parallel"], cwd=tests, env=environment, check=True, timeout=600)
+    subprocess.run([*run, "-m", "training.test_parallel"], cwd=tests, env=environment, check=True, timeout=600)
 
 
 # --------------------------------------------------------------------------------------------------------- one process
