@@ -520,7 +520,7 @@ def test_wandb_itself(tmp_path, monkeypatch):
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     directory = tmp_path / "run"
-    code = f"from pretraining.test_tracking import two_runs; two_runs({str(directory)!r})"
+    code = f"from training.test_tracking import two_runs; two_runs({str(directory)!r})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("warning")) == (0, 0), ended.stderr
     (name,) = {path.name.rsplit("-", 1)[1] for path in (directory / "wandb").glob("offline-run-*")}
