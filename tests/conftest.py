@@ -38,6 +38,12 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """For what a test draws itself."""
+    return np.random.default_rng(seed)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """What ATen allocates without a value holds NaN (the largest integer, True), also when C++ asks for it.

@@ -7,11 +7,6 @@ import torch
 from albert_fast.audio import log_mel, normalized, positions, read_audio, spec_augment
 
 
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def sound(rng: np.random.Generator, rate: int, seconds: float) -> np.ndarray:
     """Some tones that come and go, and noise."""
     time = np.arange(int(rate * seconds)) / rate
@@ -37,8 +32,9 @@ def test_kaldis(rate, bins, rng):
     expected = np.stack([online.get_frame(i) for i in range(online.num_frames_ready)])
     found = log_mel(torch.from_numpy(samples), rate, bins).numpy()
     assert found.shape == expected.shape
-    # A band that a tone leaves nearly empty is a difference of large numbers.
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=0.1)  # single bins of almost no energy
+    # A band that is nearly empty is a difference of large numbers: rounding is a share of the frame's energy.
+    found_energy, energy = (np.exp(each.astype(np.float64)) for each in (found, expected))
+    assert (np.abs(found_energy - energy) <= 1e-3 * energy + 1e-7 * energy.max(1, keepdims=True)).all()
     assert np.abs(found - expected).mean() < 1e-3
 
 

@@ -62,11 +62,6 @@ def search(table: Table, batch_size: int, limits: list[int], penalty: float = 0.
     )
 
 
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_the_best_of_all(penalty, rng):
     """With as many beams as there are prefixes, nothing is lost. Sequences of at most 3 tokens end within 4."""
@@ -79,6 +74,18 @@ def test_the_best_of_all(penalty, rng):
             for words in itertools.product(range(2, 5), repeat=length)
         ]
         assert len(tokens) > 3 or tokens == max(ended)[1]  # an open one of 4 tokens may score higher
+
+
+@pytest.mark.parametrize(("penalty", "expected"), [(0.0, []), (1.0, []), (2.0, [2])])
+def test_the_penalty_of_length(penalty, expected, rng):
+    """log 0.4 after one token, log 0.33 after two: the longer one wins where it is divided by (7 / 6) ** 2."""
+    table = Table(rng, 1, 2, 3)
+    table.known = {
+        (0, BEGIN): torch.tensor([-torch.inf, math.log(0.4), math.log(0.6)]),
+        (0, BEGIN, 2): torch.tensor([-torch.inf, math.log(0.55), math.log(0.45)]),
+        (0, BEGIN, 2, 2): torch.tensor([-torch.inf, math.log(0.01), math.log(0.99)]),
+    }
+    assert search(table, 1, [3], penalty) == [expected]
 
 
 def test_greedy(rng):

@@ -22,11 +22,6 @@ SHAPE = {
 
 
 @pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def model(seed) -> AlbertForEarlyExit:
     torch.manual_seed(seed)
     return AlbertForEarlyExit(AlbertConfig(**SHAPE)).eval()
@@ -88,3 +83,19 @@ def test_bad_arguments(model, rng):
         model.train().exit_early(batch, patience=1)
     with pytest.raises(ValueError, match="num_hidden_groups is 2"):
         AlbertForEarlyExit(AlbertConfig(**{**SHAPE, "num_hidden_groups": 2}))
+
+
+def test_in_int8(model, rng):
+    """Each pass is the quantized model's own, with the biases that were found for it."""
+    batch = batch_of(rng, [9, 3, 20])
+    exact = model.exit_early(batch).logits
+    model.quantize(calibration=batch)
+    found = model.exit_early(batch).logits
+    torch.testing.assert_close(found, model(batch).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found, exact)
+
+
+def test_one_score_has_no_label():
+    model = AlbertForEarlyExit(AlbertConfig(**{**SHAPE, "num_labels": 1})).eval()
+    with pytest.raises(ValueError, match="the model has one score"):
+        model.exit_early(PackedBatch.from_sequences([[2, 5, 3]]))

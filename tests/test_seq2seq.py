@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import AlbertConfig
+from albert_fast.beam_search import beam_search
 from albert_fast.packing import PackedBatch
 from albert_fast.seq2seq import AlbertForSeq2SeqLM
 
@@ -22,11 +23,6 @@ SHAPE = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-
-
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def make_model(seed: int, **changes: object) -> AlbertForSeq2SeqLM:
@@ -129,6 +125,37 @@ def test_generation_says_what_forward_says(beams, rng, seed):
             assert len(tokens) == 9 or int(scores[-1].argmax()) == 3
         alone = model.generate(torch.tensor([source]), num_beams=beams, max_length=9, length_penalty=0.0)
         assert alone == [tokens]
+
+
+@pytest.mark.parametrize("number", range(8))  # a cache that stays behind shows in every other model
+def test_beams_without_a_cache_find_the_same(number, rng, seed):
+    """The cache follows its beams when they change places."""
+    model, beams = make_model(seed % 1000 + number), 4
+    sources = rows(rng, [7, 3, 12, 5])
+    prefixes: list[list[int]] = [[] for _ in range(len(sources) * beams)]
+
+    @torch.no_grad()
+    def scores(ids: Tensor, place: int) -> Tensor:
+        prefixes[:] = [[*prefix, token] for prefix, token in zip(prefixes, ids.tolist(), strict=True)]
+        found = [plain(model, sources[row // beams], prefix)[-1] for row, prefix in enumerate(prefixes)]
+        return torch.stack(found).log_softmax(-1)
+
+    def reorder(moved: Tensor) -> None:
+        prefixes[:] = [prefixes[row] for row in moved.tolist()]
+
+    expected = beam_search(
+        scores,
+        reorder,
+        batch_size=len(sources),
+        num_beams=beams,
+        begin=2,
+        end=3,
+        length_penalty=1.0,
+        max_lengths=[9] * len(sources),
+        device=torch.device("cpu"),
+    )
+    found = model.generate(PackedBatch.from_sequences(sources), num_beams=beams, max_length=9, length_penalty=1.0)
+    assert found == expected
 
 
 def test_a_decoder_that_begins_as_the_encoder(seed):

@@ -22,11 +22,6 @@ SHAPE = {
 
 
 @pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def model(seed) -> AlbertForSpanQuestionAnswering:
     torch.manual_seed(seed)
     return AlbertForSpanQuestionAnswering(AlbertConfig(**SHAPE)).eval()

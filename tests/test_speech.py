@@ -26,11 +26,6 @@ SHAPE = {
 }
 
 
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def make_model(seed: int) -> AlbertForCTC:
     torch.manual_seed(seed)
     config = AlbertConfig.from_dict({**AlbertConfig(**SHAPE).to_dict(), "num_mel_bins": 10})

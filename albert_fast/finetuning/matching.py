@@ -52,9 +52,9 @@ def look_for_matches(model: AlbertModel, heads: Sequence[int], words: Sequence[i
     check(config.type_vocab_size > 1, "matching_heads is given and the model has one token type: it tells no segments")
     generator = torch.Generator().manual_seed(seed)
     enough = torch.tensor(words)[torch.randperm(len(words), generator=generator)[:_WORDS]]
-    word_of, type_of, middle = _readers(model, enough, length, size - 1)
-    states = _states(model, enough, length).flatten(0, 1) - middle
-    longest = (states @ word_of.T).square().sum(1).mean()
+    states = _states(model, enough, length)
+    word_of, type_of, middle = _readers(model, states, length, size - 1)
+    longest = ((states - middle) @ word_of.T).square().sum(2).mean()
     word = word_of * math.sqrt(_PEAK * math.sqrt(size) / float(longest))
     side = type_of[None] * math.sqrt(_SIDE * math.sqrt(size))
     for layer in model.modules():
@@ -87,9 +87,9 @@ def _states(model: AlbertModel, words: Tensor, length: int) -> Tensor:
     return model.encoder.embedding_hidden_mapping_in(table.LayerNorm(embedded))
 
 
-def _readers(model: AlbertModel, words: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear maps of what the first pass reads: of the word [size, hidden], and of the type [hidden], 1 and -1; both
-    of states less their mean, the third."""
+def _readers(model: AlbertModel, states: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear maps of `_states`: to the word [size, hidden], and to the type [hidden], 1 and -1; both of states less
+    their mean, the third."""
     table = model.embeddings
     places, types = table.position_embeddings.weight[:length], table.token_type_embeddings.weight
     back = torch.linalg.pinv(model.encoder.embedding_hidden_mapping_in.weight)  # [embedding, hidden]
@@ -98,12 +98,11 @@ def _readers(model: AlbertModel, words: Tensor, length: int, size: int) -> tuple
     directions = torch.linalg.svd(places - places.mean(0), full_matrices=False)[2][: embedding // 2]
     hidden_from = torch.linalg.qr(torch.cat([directions, (types[1] - types[0])[None]]).T)[0]
     only_words = torch.eye(embedding) - hidden_from @ hidden_from.T
-    states = _states(model, words, length)
     middle = states.mean((0, 1))
     chosen = torch.linalg.svd((states.mean(0) - middle) @ back.T @ only_words, full_matrices=False)[2][:size]
     word_of = torch.zeros(size, len(middle))
     word_of[: len(chosen)] = chosen @ only_words @ back
     flat = states.flatten(0, 1) - middle
-    wanted = (2.0 * (torch.arange(_PLACES) % 2) - 1).repeat_interleave(len(words))
+    wanted = (2.0 * (torch.arange(_PLACES) % 2) - 1).repeat_interleave(states.shape[1])
     type_of = torch.linalg.lstsq(flat, wanted[:, None]).solution[:, 0]
     return word_of, type_of, middle

@@ -10,22 +10,17 @@ from typing import Any
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.objective import TaskObjective
 from albert_fast.finetuning.reading import Place
+from albert_fast.finetuning.rows import Row
 from albert_fast.finetuning.task import Task, load_task
 from albert_fast.finetuning.trainer import Finetuner, run_rows
 from albert_fast.training import parallel
-from albert_fast.training.loop import TrainingFailed
+from albert_fast.training.loop import run_to_status
 
 
 def finetune(config: FinetuneConfig) -> int:
     """Trains; the exit status: 0, 1 for a run that failed, 128 + the number of a signal that stopped it."""
     config.check_complete()
-    with parallel.start(config.device, config.parallel.tensor) as world:
-        try:
-            return Finetuner(config, world).run()
-        except TrainingFailed as error:
-            if world.is_main:
-                print(f"albert-fast finetune: {error}", file=sys.stderr)
-            return 1
+    return run_to_status(Finetuner, config, "albert-fast finetune")
 
 
 class Pipeline:
@@ -70,16 +65,17 @@ class Pipeline:
             self.task.from_line(Place(Path("input"), number), each) if isinstance(each, str) else each
             for number, each in enumerate(examples, start=1)
         ]
-        rows = self.task.rows(read, labelled=False)
+        return self._predictions(read, self.task.rows(read, labelled=False))
+
+    def _predictions(self, examples: Sequence[Any], rows: Sequence[Row]) -> list[Any]:
         outputs = run_rows(self.task, self.objective, rows, self.batch_rows, self.world)
-        return self.task.predictions(read, rows, outputs)
+        return self.task.predictions(examples, rows, outputs)
 
     def evaluate(self, paths: Sequence[str]) -> dict[str, float]:
         """The figures of labelled files. Raises DataError."""
         self.task.check_measures()
         examples = self.task.read_all(paths)
-        self.task.rows(examples, labelled=True)  # says which label is not known
-        return self.task.metrics(examples, self(examples))
+        return self.task.metrics(examples, self._predictions(examples, self.task.rows(examples, labelled=True)))
 
     def predict(self, paths: Sequence[str]) -> list[Any]:
         """The predictions of files; "-" is the standard input, a line each. Raises DataError."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from albert_fast.ops.checks import check
@@ -15,19 +13,13 @@ from albert_fast.pretraining.learner import make_learner
 from albert_fast.pretraining.masking import IGNORE_INDEX
 from albert_fast.pretraining.trainer import Trainer
 from albert_fast.training import parallel
-from albert_fast.training.loop import TrainingFailed
+from albert_fast.training.loop import run_to_status
 
 
 def train(config: PretrainConfig) -> int:
     """Trains; the exit status: 0, 1 for a run that failed, 128 + the number of a signal that stopped it."""
     config.check_complete()
-    with parallel.start(config.device, config.parallel.tensor) as world:
-        try:
-            return Trainer(config, world).run()
-        except TrainingFailed as error:
-            if world.is_main:
-                print(f"albert-fast pretrain: {error}", file=sys.stderr)
-            return 1
+    return run_to_status(Trainer, config, "albert-fast pretrain")
 
 
 def find_micro_batch(config: PretrainConfig) -> int:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ from albert_fast.training.learner import Learner
 from albert_fast.training.meter import Meter, memory_in_use
 from albert_fast.training.objective import Means
 from albert_fast.training.options import RunOptions
+from albert_fast.training.parallel import World
 from albert_fast.training.randomness import example_keys
 from albert_fast.training.signals import StopSignals
 from albert_fast.training.tracking import Recorder
@@ -41,6 +43,21 @@ CONFIG = "config.yaml"
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; its checkpoints are whole."""
+
+
+def run_to_status(kind: Callable[[Any, World], Loop], config: RunOptions, program: str) -> int:
+    """Trains in this process, which may be one of those that `torchrun` started.
+
+    Returns:
+        0, 1 for a run that failed (`program` says why), or 128 + the number of a signal that stopped it.
+    """
+    with parallel.start(config.device, config.parallel.tensor) as world:
+        try:
+            return kind(config, world).run()
+        except TrainingFailed as error:
+            if world.is_main:
+                print(f"{program}: {error}", file=sys.stderr)
+            return 1
 
 
 class _GivenUp(Exception):

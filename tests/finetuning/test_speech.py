@@ -36,11 +36,6 @@ def write(folder: Path, name: str, texts: list[str], rng: np.random.Generator) -
 
 
 @pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def configure(model_directory, tmp_path, rng):
     def texts(count: int) -> list[str]:
         return ["".join(rng.choice(["a", "b"], rng.integers(1, 4))) for _ in range(count)]

@@ -13,10 +13,13 @@ import torch
 
 from albert_fast import AlbertForSequenceClassification
 from albert_fast.cli import main
-from albert_fast.finetuning.config import CONFIGURATION
+from albert_fast.finetuning.classification import Classification
+from albert_fast.finetuning.config import CONFIGURATION, ExitOptions, FinetuneConfig
 from albert_fast.finetuning.exits import curve
 from albert_fast.finetuning.run import Pipeline, finetune
+from albert_fast.finetuning.task import tokenizer_of
 from albert_fast.finetuning.trainer import Finetuner
+from albert_fast.tokenizer import train_vocabulary
 from albert_fast.training import parallel, tracking
 from albert_fast.training.learner import Learner
 
@@ -235,6 +238,22 @@ def test_what_is_better(configure):
     assert not task.is_better(nan, 0.5)
 
 
+def test_a_vocabulary_by_its_file_keeps_its_case(tmp_path):
+    train_vocabulary(["Ada Lovelace was here and THERE"] * 20, tmp_path, vocab_size=33, do_lower_case=False)
+    for vocab in (tmp_path, tmp_path / "spiece.model"):
+        assert not tokenizer_of(FinetuneConfig(model="base", vocab=str(vocab))).do_lower_case
+
+
+def test_a_package_for_figures_that_is_missing(configure, files, tmp_path, monkeypatch):
+    """Said before a step is made."""
+    assert finetune(configure("epochs=1")) == 0
+    monkeypatch.setattr(Classification, "measures", ("nowhere_to_be_found",))
+    with pytest.raises(ValueError, match=r"need nowhere_to_be_found.*pip install 'albert_fast\[finetune\]'"):
+        Finetuner(configure(f"output={tmp_path / 'other'}"), parallel.start("cpu"))
+    with pytest.raises(ValueError, match="need nowhere_to_be_found"):
+        Pipeline(tmp_path / "run" / "best", device="cpu").evaluate([str(files["dev"])])
+
+
 def test_from_random_weights(configure, model_directory, draw: random.Random):
     config = configure(f"model={model_directory / 'config.json'}", f"vocab={model_directory}", "epochs=1")
     assert finetune(config) == 0
@@ -287,6 +306,6 @@ def test_early_exits(configure, files, tmp_path):
     assert [(p["patience"], p["confidence"]) for p in points[:2]] == [(None, None), (1, None)]
     assert (points[0]["passes"], points[0]["speedup"], points[1]["passes"]) == (2, 1, 1)
     assert points[0]["accuracy"] == whole["accuracy"]
-    assert pipeline.evaluate([str(files["dev"])]) == whole  # the rule that it had is back
+    assert pipeline.task.config.exit == ExitOptions()  # the rule that it had is back
     with pytest.raises(ValueError, match="early_exit is for classification"):
         finetune(configure("early_exit=true", "data.kind=multi", f"output={tmp_path / 'other'}"))

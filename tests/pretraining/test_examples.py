@@ -67,11 +67,6 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 # ---------------------------------------------------------------------------------------------- sentence-order pairs
 
 

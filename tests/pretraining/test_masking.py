@@ -135,11 +135,6 @@ def assert_same_law(a: Counter, b: Counter) -> None:
     assert statistic <= freedom + 8 * (2 * freedom) ** 0.5, (sorted(a.items()), sorted(b.items()))
 
 
-@pytest.fixture
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 # --------------------------------------------------------------------------------------------------- random numbers
 
 

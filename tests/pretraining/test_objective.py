@@ -26,11 +26,6 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def rng(seed):
-    return np.random.default_rng(seed)
-
-
 def make_batch(rng, rows: int = 12, **options) -> tuple[TokenStore, Batch]:
     store = random_store(rng)
     options = ExampleOptions(length=64, short_probability=0.5, **options)
