@@ -6,6 +6,10 @@ answer has its target at [CLS], and so has a question without one; over the wind
 score is the least that any window gives [CLS]. An answer may begin at a token only in the window where the token has
 the most context on both sides.
 
+With data.normalize=question one softmax goes over all windows of a question, and the answer is to win against every
+other token of all of them (shared normalization, Clark & Gardner 2018): a window without it teaches where it is not,
+and [CLS] is the target of questions alone that have none.
+
 Figures are the official script's: exact match and F1 of the words of the best of the given answers, lower-cased,
 without articles and punctuation.
 """
@@ -13,6 +17,7 @@ without articles and punctuation.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import re
@@ -23,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
@@ -120,37 +124,40 @@ class Answering(Task):
         self.model_class = AlbertForQuestionAnswering if self.head == "plain" else AlbertForSpanQuestionAnswering
 
     def rows(self, examples: Sequence[Question], *, labelled: bool) -> list[Row]:
-        rows = []
+        """A row for each window; with data.normalize=question one for each question, with a sequence for each window.
+        `target` and `extra` have an entry for each sequence."""
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        rows: list[Row] = []
         for number, example in enumerate(examples):
             question = self.tokenizer.encode(example.question, add_special_tokens=False)[:MOST_QUESTION]
             encoded = self.tokenizer(example.context, add_special_tokens=False, return_offsets_mapping=True)
-            ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+            context, spans = encoded["input_ids"], encoded["offset_mapping"]
             answer = _tokens_of(example, spans) if labelled and example.answers else None
-            room = self.length - len(question) - 3
+            size, room = len(context), self.length - len(question) - 3
             before = len(question) + 2
             if room < 1:
                 example.place.refuse(
                     f"its question has {len(question)} tokens and leaves no room for the paragraph: raise length, "
                     f"{self.length}"
                 )
-            starts = _window_starts(len(ids), room, self.data.stride)
+            starts = _window_starts(size, room, self.data.stride)
+            windows = []
             for start in starts:
-                end = min(start + room, len(ids))
-                row = [self.tokenizer.cls_token_id, *question, self.tokenizer.sep_token_id, *ids[start:end]]
+                end = min(start + room, size)
+                row = [cls, *question, sep, *context[start:end], sep]
                 types = [0] * before + [1] * (end - start + 1)
-                target = None
-                if labelled:
-                    inside = answer is not None and start <= answer[0] and answer[1] < end
-                    target = tuple(place - start + before for place in answer) if inside and answer else (0, 0)
+                inside = answer is not None and start <= answer[0] and answer[1] < end
+                target = tuple(place - start + before for place in answer) if inside and answer else (0, 0)
                 shown = [
-                    Shown(place - start + before, spans[place], _best_window(place, starts, room, len(ids)) == start)
+                    Shown(place - start + before, spans[place], _best_window(place, starts, room, size) == start)
                     for place in range(start, end)
                 ]
-                rows.append(Row([*row, self.tokenizer.sep_token_id], types, target, number, shown))
+                windows.append(Row(row, types, [target] if labelled else None, number, [shown]))
+            rows += [_joined(windows)] if self.data.normalize == "question" else windows
         return rows
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        starts, ends = zip(*(row.target for row in rows), strict=True)
+        starts, ends = zip(*(target for row in rows for target in row.target), strict=True)
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
 
     # ------------------------------------------------------------------------------------------------------ the model
@@ -167,8 +174,10 @@ class Answering(Task):
             return model.losses(batch.inputs, start, end, start == 0)
         outputs = model(batch.inputs)
         starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
-        loss = (F.cross_entropy(starts, start, reduction="sum") + F.cross_entropy(ends, end, reduction="sum")) / 2
-        return loss, ((starts.argmax(1) == start) & (ends.argmax(1) == end)).sum()
+        windows = [len(row.extra) for row in batch.source]
+        loss_of_start, right_start = _over_windows(starts, start, windows)
+        loss_of_end, right_end = _over_windows(ends, end, windows)
+        return (loss_of_start + loss_of_end) / 2, (right_start & right_end).sum()
 
     # -------------------------------------------------------------------------------------------------- what it says
 
@@ -178,7 +187,11 @@ class Answering(Task):
             return _read_spans(model, batch)
         outputs = model(batch.inputs)
         starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
-        return [_best_spans(row.extra, starts[i], ends[i]) for i, row in enumerate(batch.source)]
+        number, said = itertools.count(), []
+        for row in batch.source:
+            found = [_best_spans(shown, starts[i], ends[i]) for shown, i in zip(row.extra, number, strict=False)]
+            said.append(([span for spans, _ in found for span in spans], min(null for _, null in found)))
+        return said
 
     def predictions(self, examples: Sequence[Question], rows: Sequence[Row], outputs: Sequence[Any]) -> list[Any]:
         spans: list[list[Any]] = [[] for _ in examples]
@@ -240,6 +253,15 @@ def _tokens_of(example: Question, spans: Sequence[tuple[int, int]]) -> tuple[int
     return inside[0], inside[-1]
 
 
+def _joined(windows: Sequence[Row]) -> Row:
+    """A question's windows as one row."""
+    of_all = lambda name: [part for window in windows for part in getattr(window, name)]  # noqa: E731
+    target = None if windows[0].target is None else of_all("target")
+    sizes = tuple(len(window.input_ids) for window in windows)
+    example = windows[0].example
+    return Row(of_all("input_ids"), of_all("token_type_ids"), target, example, of_all("extra"), sizes)
+
+
 def _window_starts(size: int, room: int, stride: int) -> list[int]:
     """Where windows of `room` tokens begin, each `stride` behind the one before, and never beyond its end."""
     starts = [0]
@@ -252,6 +274,25 @@ def _best_window(place: int, starts: Sequence[int], room: int, size: int) -> int
     """Of the windows that hold a token, where the one begins that shows the most on its poorer side."""
     holding = [start for start in starts if start <= place < min(start + room, size)]
     return max(holding, key=lambda start: min(place - start, min(start + room, size) - 1 - place))
+
+
+def _over_windows(scores: Tensor, places: Tensor, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of rows of one window or several, and whether each row's highest score is where it is to be.
+
+    Args:
+        scores: [all windows, tokens].
+        places: of each window's target; 0, [CLS], where there is none.
+        windows: the number of each row.
+    """
+    by_row = lambda each, fill: nn.utils.rnn.pad_sequence(list(each.split(windows)), True, fill)  # noqa: E731
+    answered = by_row(places, 0).amax(1) > 0
+    # Where one window has the answer, only those that have it count; where none has it, all count, with [CLS].
+    counts = (places > 0) | ~answered.repeat_interleave(torch.tensor(windows, device=places.device))
+    wanted = scores.gather(1, places[:, None])[:, 0].masked_fill(~counts, -torch.inf)
+    loss = by_row(scores.logsumexp(1), -torch.inf).logsumexp(1) - by_row(wanted, -torch.inf).logsumexp(1)
+    highest, at = scores.max(1)
+    right = by_row((at == places) & counts, False)
+    return loss.sum(), right.gather(1, by_row(highest, -torch.inf).argmax(1, keepdim=True))[:, 0]
 
 
 def _best_spans(shown: Sequence[Shown], starts: Tensor, ends: Tensor) -> tuple[list[Any], float]:
@@ -275,11 +316,11 @@ def _read_spans(model: AlbertForSpanQuestionAnswering, batch: Batch) -> list[Any
     """As `_best_spans`, of the original's head: (score, start, end) in characters, and the logit of no answer."""
     first = torch.zeros(batch.rows, batch.inputs.seq_length, dtype=torch.bool, device=batch.inputs.device)
     for row, source in enumerate(batch.source):
-        first[row, [token.column for token in source.extra if token.first]] = True
+        first[row, [token.column for token in source.extra[0] if token.first]] = True
     found = model.spans(batch.inputs, first)
     said = []
     for row, source in enumerate(batch.source):
-        spans = {token.column: token.characters for token in source.extra}
+        spans = {token.column: token.characters for token in source.extra[0]}
         columns = (each[row].flatten().tolist() for each in (found.scores, found.starts, found.ends))
         best = [
             (score, spans[start][0], spans[end][1])

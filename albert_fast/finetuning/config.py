@@ -51,6 +51,7 @@ class DataOptions:
         word, tag: columns of CoNLL files, from 0; negative ones count from the end. None: 0 and -1, in .conllu 1 and
             3 (universal parts of speech).
         stride: tokens from one window of a long paragraph to the next.
+        normalize: of answering: the softmax goes over a window, or over all windows of a question.
         head: of answering: plain (two scores a token), or v2 (the original's for SQuAD v2).
         null_threshold: how much higher "no answer" must score than the best answer to be said.
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
@@ -71,6 +72,7 @@ class DataOptions:
     word: int | None = None
     tag: int | None = None
     stride: int = 128
+    normalize: str = "window"
     null_threshold: float = 0.0
     head: str = "plain"
     context: str = "context"
@@ -84,6 +86,11 @@ class DataOptions:
         options.one_of("data.kind", self.kind, ("single", "multi", "regression"))
         options.one_of("data.head", self.head, ("plain", "v2"))
         at_least("data.stride", self.stride, 1)
+        options.one_of("data.normalize", self.normalize, ("window", "question"))
+        check(
+            self.normalize == "window" or self.head == "plain",
+            "data.normalize=question is for data.head=plain: the v2 head says by itself whether there is an answer",
+        )
         options.one_of("data.passage", self.passage, ("beginning", "sentence"))
 
 

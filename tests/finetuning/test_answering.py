@@ -1,6 +1,7 @@
 """Questions and answers: windows, targets, the best span by hand, and the official figures."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,13 @@ def test_windows(model_directory, draw):
     for number, example in enumerate(examples):
         mine = [row for row in rows if row.example == number]
         spans = task.tokenizer(example.context, return_offsets_mapping=True)["offset_mapping"][1:-1]
-        assert sorted(t.characters for row in mine for t in row.extra if t.first) == sorted(spans)
+        assert sorted(t.characters for row in mine for t in row.extra[0] if t.first) == sorted(spans)
         for row in mine:  # all of the context that is in the row can end an answer
-            assert [t.column for t in row.extra] == list(range(row.token_type_ids.index(1), len(row.input_ids) - 1))
+            assert [t.column for t in row.extra[0]] == list(range(row.token_type_ids.index(1), len(row.input_ids) - 1))
         held = 0
         for row in mine:
             assert len(row.input_ids) == len(row.token_type_ids) <= 32
-            start, end = row.target
+            start, end = row.target[0]
             if (start, end) == (0, 0):
                 continue
             held += 1
@@ -82,6 +83,50 @@ def test_losses_are_the_models(model_directory, draw):
     batch = pack(rows, task.collate)
     loss, _ = task.loss(model, batch)
     torch.testing.assert_close(loss / batch.rows, model(batch.inputs, **batch.targets).loss)
+
+
+def test_a_softmax_over_all_windows(model_directory, draw):
+    """Of a question: loss and hits by hand, from what the model says of each window; and it answers as before."""
+    examples = questions(draw, 12)
+    apart, together = (task_of(model_directory, normalize=normalize) for normalize in ("window", "question"))
+    model = model_of(model_directory)
+    for task in (apart, together):
+        task.learn(examples)
+    windows, rows = apart.rows(examples, labelled=True), together.rows(examples, labelled=True)
+    assert len(rows) == len(examples) < len(windows)
+    batch = pack(rows, together.collate)
+    assert together.targets(batch) == len(examples)
+    loss, right = together.loss(model, batch)
+    (gradient,) = torch.autograd.grad(loss, model.qa_outputs.weight)
+    assert gradient.any()
+    outputs = model(pack(windows, apart.collate).inputs)
+    expected, hits = 0.0, 0
+    for number in range(len(examples)):
+        mine = [i for i, window in enumerate(windows) if window.example == number]
+        answered = any(windows[i].target != [(0, 0)] for i in mine)
+        found = True
+        for side, scores in enumerate((outputs.start_logits, outputs.end_logits)):
+            wanted = [(i, windows[i].target[0][side]) for i in mine]
+            wanted = [(i, place) for i, place in wanted if place > 0 or not answered]
+            every = [(float(score), (i, place)) for i in mine for place, score in enumerate(scores[i])]
+            total = sum(math.exp(score) for score, _ in every)
+            expected -= math.log(sum(math.exp(scores[i, place]) for i, place in wanted) / total) / 2
+            found &= max(every)[1] in wanted
+        hits += found
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert int(right) == hits
+    said = [
+        task.predictions(examples, each, task.outputs(model, pack(each, task.collate)))
+        for task, each in ((apart, windows), (together, rows))
+    ]
+    for one, other in zip(*said, strict=True):
+        assert one["answer"] == other["answer"]
+        assert one["null_score"] == pytest.approx(other["null_score"], abs=1e-4)
+
+
+def test_the_originals_head_has_its_own_rule():
+    with pytest.raises(ValueError, match=r"data\.normalize=question is for data\.head=plain"):
+        DataOptions(normalize="question", head="v2")
 
 
 def test_the_best_span_is_found(model_directory, draw):
@@ -100,8 +145,8 @@ def test_the_best_span_is_found(model_directory, draw):
                 continue
             starts, ends = outputs.start_logits[i], outputs.end_logits[i]
             null = min(null, float(starts[0] + ends[0]))
-            for x, (a, (begin, _), first) in enumerate(row.extra):
-                for b, (_, end), _ in row.extra[x : x + MOST_ANSWER] if first else []:
+            for x, (a, (begin, _), first) in enumerate(row.extra[0]):
+                for b, (_, end), _ in row.extra[0][x : x + MOST_ANSWER] if first else []:
                     best = max(best, (float(starts[a] + ends[b]), example.context[begin:end]))
         assert said[number]["candidates"][0]["score"] == pytest.approx(best[0], abs=1e-5)
         assert said[number]["null_score"] == pytest.approx(null - best[0], abs=1e-5)
@@ -171,13 +216,13 @@ def test_an_answer_across_windows(model_directory):
     example = Question(HERE, "1", "the film", context, (), 0)
     task.learn([example])
     rows = task.rows([example], labelled=False)
-    row = rows[1]
-    last_own = [token.first for token in row.extra].index(False, 8) - 1
+    (shown,) = rows[1].extra
+    last_own = [token.first for token in shown].index(False, 8) - 1
     starts, ends = torch.zeros(24), torch.zeros(24)
-    starts[row.extra[last_own].column] = ends[row.extra[last_own + 2].column] = 5.0
-    (score, begin, end), *_ = _best_spans(row.extra, starts, ends)[0]
+    starts[shown[last_own].column] = ends[shown[last_own + 2].column] = 5.0
+    (score, begin, end), *_ = _best_spans(shown, starts, ends)[0]
     assert score == 10
-    assert (begin, end) == (row.extra[last_own].characters[0], row.extra[last_own + 2].characters[1])
+    assert (begin, end) == (shown[last_own].characters[0], shown[last_own + 2].characters[1])
 
 
 def test_no_room_for_the_paragraph(model_directory):
