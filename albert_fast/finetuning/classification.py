@@ -146,23 +146,37 @@ class Classification(Task):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = _PROBLEMS[self.kind]
+        drops = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout_prob)
+        check(
+            not self.config.r_drop or any(drops),
+            f"r_drop is {self.config.r_drop} and nothing is dropped, so that two answers are always the same: give "
+            "dropout=0.1, or r_drop=0",
+        )
 
     def targets(self, batch: Batch) -> int:
         return batch.rows * (len(self.labels) if self.kind == "multi" else 1)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        if isinstance(model, AlbertForEarlyExit):
-            return self._loss_of_exits(model, batch)
-        return self._loss(model(batch.inputs).logits.float(), batch.targets["labels"])
+    def flops(self, shape: AlbertConfig, batch: Batch) -> int:
+        return super().flops(shape, batch) * (2 if self.config.r_drop else 1)
 
-    def _loss_of_exits(self, model: AlbertForEarlyExit, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The mean over the passes, each weighted by its number, as later heads can do more (Zhou et al. 2020)."""
-        losses, rights = zip(
-            *(self._loss(logits.float(), batch.targets["labels"]) for logits in model.all_logits(batch.inputs)),
-            strict=True,
-        )
-        numbers = torch.arange(1, len(losses) + 1, device=losses[0].device)
-        return (torch.stack(losses) * numbers).sum() / numbers.sum(), rights[-1]
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = batch.targets["labels"]
+        if not self.config.r_drop or not model.training:
+            return self._losses(self._all_logits(model, batch), labels)
+        first, second = (self._all_logits(model, batch) for _ in range(2))
+        (loss, right), (other, _) = (self._losses(logits, labels) for logits in (first, second))
+        apart = _weighted(torch.stack([_divergence(a, b) for a, b in zip(first, second, strict=True)]))
+        return (loss + other) / 2 + self.config.r_drop * apart, right
+
+    def _all_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[heads, rows, labels]: one head, or one behind each pass."""
+        if isinstance(model, AlbertForEarlyExit):
+            return model.all_logits(batch.inputs).float()
+        return model(batch.inputs).logits.float()[None]
+
+    def _losses(self, all_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, rights = zip(*(self._loss(logits, labels) for logits in all_logits), strict=True)
+        return _weighted(torch.stack(losses)), rights[-1]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "single":
@@ -229,3 +243,15 @@ class Classification(Task):
             "f1_macro": float(metrics.f1_score(truth, chosen, average="macro", zero_division=0.0)),
             "accuracy": float(metrics.accuracy_score(truth, chosen)),
         }
+
+
+def _weighted(of_heads: Tensor) -> Tensor:
+    """The mean over the passes, each weighted by its number, as later heads can do more (Zhou et al. 2020)."""
+    numbers = torch.arange(1, len(of_heads) + 1, device=of_heads.device)
+    return (of_heads * numbers).sum() / numbers.sum()
+
+
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Kullback-Leibler's between two distributions for each row, the mean of both directions; summed over rows."""
+    one, other = first.log_softmax(1), second.log_softmax(1)
+    return ((one.exp() - other.exp()) * (one - other)).sum() / 2

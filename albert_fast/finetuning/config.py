@@ -176,6 +176,8 @@ class FinetuneConfig(RunOptions):
         matching_heads: numbers of heads that begin by looking for their token in the other segment (`matching`), such
             as [0]: for pairs, and models of little pretraining, in which no head does.
         label_smoothing: of translation.
+        r_drop: of classification with one label each: weight of how far apart two answers to a row are, each with its
+            own dropout, beside their losses (Liang et al. 2021, arXiv 2106.14448). A step costs twice.
         early_exit: of classification: train a head behind each pass.
         exit: when rows leave such a model.
     """
@@ -190,6 +192,7 @@ class FinetuneConfig(RunOptions):
     classifier_dropout: float | None = None
     matching_heads: list[int] = field(default_factory=list)
     label_smoothing: float = 0.1
+    r_drop: float = 0.0
     early_exit: bool = False
     exit: ExitOptions = field(default_factory=ExitOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -210,15 +213,17 @@ class FinetuneConfig(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("length", self.length, 8)
+        at_least("r_drop", self.r_drop, 0)
         check(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; a number above 0 was expected")
 
     def check_complete(self) -> None:
         """Raises ValueError where something has no value yet that has no default."""
         options.one_of("task", self.task, tuple(TASKS))
-        check(
-            not self.early_exit or (self.task == "classification" and self.data.kind == "single"),
-            "early_exit is for classification with one label each (data.kind=single)",
-        )
+        for name in ("r_drop", "early_exit"):
+            check(
+                not getattr(self, name) or (self.task == "classification" and self.data.kind == "single"),
+                f"{name} is for classification with one label each (data.kind=single)",
+            )
         check(
             not self.matching_heads or self.task in PAIRS,
             f"matching_heads is for tasks of two segments: {', '.join(PAIRS)}",

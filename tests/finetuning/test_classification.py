@@ -151,6 +151,38 @@ def test_the_loss_of_early_exits(model_directory, draw):
     assert task.metrics(examples, said)["passes"] == 2
 
 
+@pytest.mark.parametrize("early_exit", [False, True], ids=["one_head", "exits"])
+def test_the_loss_of_r_drop(model_directory, draw, seed, early_exit):
+    """Of the two answers that two draws of dropout give; without training there is one answer."""
+    config = FinetuneConfig(length=32, early_exit=early_exit, r_drop=0.7)
+    task = Classification(config, AlbertTokenizer.from_pretrained(model_directory))
+    examples = examples_of(draw, ["x", "y", "z", "y"])
+    task.learn(examples)
+    shape = AlbertConfig.from_pretrained(model_directory)
+    with pytest.raises(ValueError, match=r"r_drop is 0.7 and nothing is dropped"):
+        task.configure(shape)
+    shape.classifier_dropout_prob = 0.3
+    task.configure(shape)
+    model = task.model_class.from_pretrained(model_directory, config=shape).train()
+    batch = pack(task.rows(examples, labelled=True), task.collate)
+    torch.manual_seed(seed)
+    loss, _ = task.loss(model, batch)
+    torch.manual_seed(seed)
+    draws = [model.all_logits(batch.inputs) if early_exit else model(batch.inputs).logits[None] for _ in range(2)]
+    expected, weights = torch.zeros(()), torch.arange(1, len(draws[0]) + 1) / sum(range(1, len(draws[0]) + 1))
+    for weight, *both in zip(weights, *draws, strict=True):
+        p, q = (logits.softmax(1) for logits in both)
+        entropies = sum(F.cross_entropy(logits, batch.targets["labels"], reduction="sum") for logits in both)
+        divergence = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+        expected = expected + weight * (entropies + 0.7 * divergence) / 2
+    torch.testing.assert_close(loss, expected)
+    model.eval()
+    once = FinetuneConfig(length=32, early_exit=early_exit)
+    without = Classification(once, task.tokenizer, task.state())
+    torch.testing.assert_close(task.loss(model, batch)[0], without.loss(model, batch)[0])
+    assert task.flops(shape, batch) == 2 * without.flops(shape, batch)
+
+
 def test_texts_and_pairs_are_not_mixed(model_directory):
     task = task_of(model_directory)
     mixed = [Example(HERE, "a film", None, None), Example(HERE, "a film", "a story", None)]

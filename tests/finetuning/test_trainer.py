@@ -143,11 +143,12 @@ def test_every_row_comes_once_in_an_epoch(configure):
         (["exit.patience=2"], "the model has no early exits"),
         (["exit={patience: 2, confidence: 0.9}"], "both given; one rule"),
         (["exit.confidence=1.5"], "exit.confidence is 1.5"),
+        (["r_drop=1", "data.kind=multi"], "r_drop is for classification with one label each"),
         (["early_exit=true", "parallel.tensor=2"], "parallel.tensor is not for speech and early_exit"),
         (["data.train=[missing.tsv]"], "missing.tsv cannot be read"),
         (["model=nowhere"], "nowhere"),
     ],
-    ids=["task", "train", "length", "epochs", "rule", "rules", "confidence", "tensor", "missing", "model"],
+    ids=["task", "train", "length", "epochs", "rule", "rules", "confidence", "r_drop", "tensor", "missing", "model"],
 )
 def test_mistakes(overrides, message, configure, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
