@@ -1,10 +1,12 @@
-"""Questions without a person: `python make_cloze.py TEXT… -o OUT.json [--paragraphs N] [--seed 1]`.
+"""Questions without a person: `python make_cloze.py TEXT… -o OUT.json [--paragraphs 5000] [--seed 1]`.
 
-Some words of a sentence are the answer, and the question is what of the others is left when many of them are dropped,
-behind an interrogative that fits the answer (span selection: Glass et al. 2020, arXiv 1909.04120; cloze questions: Lewis
-et al. 2019, arXiv 1906.04980). A model that reads little learns here to look for a question's words in a paragraph,
-before it sees the few questions that people wrote. TEXT is SQuAD's JSON, whose paragraphs alone are read, or text, a
-paragraph a line; OUT is SQuAD's JSON, of which make_choices.py makes choices, too.
+Some words of a sentence are the answer. The question is what is left of the others when many of them are dropped, behind
+an interrogative that fits the answer (span selection: Glass et al. 2020, arXiv 1909.04120; questions by cloze: Lewis et
+al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's words in a
+paragraph, before it sees the few questions that people wrote.
+
+TEXT is SQuAD's JSON, whose paragraphs alone are read, or text, a paragraph a line. OUT is SQuAD's JSON, of which
+make_choices.py makes choices, too.
 """
 
 from __future__ import annotations
