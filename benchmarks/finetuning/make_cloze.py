@@ -1,9 +1,9 @@
 """Questions without a person: `python make_cloze.py TEXT… -o OUT.json [--paragraphs 5000] [--seed 1]`.
 
-Some words of a sentence are the answer. The question is what is left of the others when many of them are dropped, behind
-an interrogative that fits the answer (span selection: Glass et al. 2020, arXiv 1909.04120; questions by cloze: Lewis et
-al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's words in a
-paragraph, before it sees the few questions that people wrote.
+Some words of a sentence are the answer. The question is what is left of the others when many of them are dropped,
+behind an interrogative that fits the answer (span selection: Glass et al. 2020, arXiv 1909.04120; questions by cloze:
+Lewis et al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's words in
+a paragraph, before it sees the few questions that people wrote.
 
 TEXT is SQuAD's JSON, whose paragraphs alone are read, or text, a paragraph a line. OUT is SQuAD's JSON, of which
 make_choices.py makes choices, too.
@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from albert_fast.finetuning.reading import read_lines
 from albert_fast.pretraining.sentences import split
@@ -76,7 +77,7 @@ def main() -> None:
         sentences = split(context)
         if not WORDS[0] <= len(context.split()) <= WORDS[1] or len(sentences) < SENTENCES:
             continue
-        questions = []
+        questions: list[dict[str, Any]] = []
         for sentence in draw.sample(sentences, min(MOST_QUESTIONS, len(sentences))):
             place, made = context.find(sentence), cloze(sentence, draw)
             if made is not None and place >= 0:
