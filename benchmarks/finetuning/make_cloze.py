@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    found = []
+    found: list[dict[str, Any]] = []
     for context in (context for path in args.texts for context in paragraphs(path)):
         sentences = split(context)
         if not WORDS[0] <= len(context.split()) <= WORDS[1] or len(sentences) < SENTENCES:
