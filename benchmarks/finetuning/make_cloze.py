@@ -1,9 +1,10 @@
 """Questions without a person: `python make_cloze.py TEXT… -o OUT.json [--paragraphs 5000] [--seed 1]`.
 
-Some words of a sentence are the answer. The question is what is left of the others when many of them are dropped,
-behind an interrogative that fits the answer (span selection: Glass et al. 2020, arXiv 1909.04120; questions by cloze:
-Lewis et al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's words in
-a paragraph, before it sees the few questions that people wrote.
+Some words of a sentence are the answer. The question is what is left of the others when most of them are dropped,
+behind an interrogative that fits the answer, with words of other sentences between: as in questions by people, not
+every word that stands in the paragraph tells the place (span selection: Glass et al. 2020, arXiv 1909.04120; questions
+by cloze: Lewis et al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's
+words in a paragraph, before it sees the few questions that people wrote.
 
 TEXT is SQuAD's JSON, whose paragraphs alone are read, or text, a paragraph a line. OUT is SQuAD's JSON, of which
 make_choices.py makes choices, too.
@@ -24,7 +25,8 @@ from albert_fast.pretraining.sentences import split
 
 WORDS = (60, 250)  # of a paragraph
 SENTENCES, MOST_QUESTIONS = 3, 5
-KEPT = (0.15, 0.6)  # share of the other words
+KEPT = (0.1, 0.35)  # share of the other words
+MOST_STRAY = 8  # words of other sentences
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+)*")
 _PHRASE = re.compile(r"\b[a-z]{5,}(?: [a-z]+){0,2} [a-z]{4,}\b|\b[a-z]{7,}\b")
@@ -44,7 +46,7 @@ def paragraphs(path: Path) -> Iterator[str]:
             yield text
 
 
-def cloze(sentence: str, draw: random.Random) -> tuple[str, int, str] | None:
+def cloze(sentence: str, context: str, draw: random.Random) -> tuple[str, int, str] | None:
     """The answer, where it begins in the sentence, and the question."""
     kinds = [list(kind.finditer(sentence)) for kind in (_NUMBER, _NAME, _PHRASE)]
     kinds = [[match for match in kind if "<" not in match[0] and "unk" not in match[0]] for kind in kinds]
@@ -58,9 +60,12 @@ def cloze(sentence: str, draw: random.Random) -> tuple[str, int, str] | None:
         ["who", "what", "where", "which"],
         ["what", "what", "how"],
     ][number]
-    words = re.findall(r"[\w'-]+", sentence[: answer.start()] + " " + sentence[answer.end() :])
+    words_of = lambda text: [word for word in re.findall(r"[\w'-]+", text) if word != "unk"]  # noqa: E731
     share = draw.uniform(*KEPT)
-    kept = [word for word in words if word != "unk" and draw.random() < share]
+    words = words_of(sentence[: answer.start()] + " " + sentence[answer.end() :])
+    kept = [word for word in words if draw.random() < share]
+    for word in draw.choices(words_of(context), k=draw.randint(0, MOST_STRAY)):
+        kept.insert(draw.randint(0, len(kept)), word)
     return (answer[0], answer.start(), f"{draw.choice(asked)} {' '.join(kept)}?") if len(kept) >= 3 else None
 
 
@@ -79,7 +84,7 @@ def main() -> None:
             continue
         questions: list[dict[str, Any]] = []
         for sentence in draw.sample(sentences, min(MOST_QUESTIONS, len(sentences))):
-            place, made = context.find(sentence), cloze(sentence, draw)
+            place, made = context.find(sentence), cloze(sentence, context, draw)
             if made is not None and place >= 0:
                 answer = {"text": made[0], "answer_start": place + made[1]}
                 questions.append({"id": f"{len(found)}-{len(questions)}", "question": made[2], "answers": [answer]})
