@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "finetuning"
 CONTEXT = (
     "The old harbour of Aberdale was built by Thomas Ellis in 1843. Fishermen landed 120 barrels of herring on a good "
     "day. The railway reached the village forty years later, and with it visitors from Edinburgh. Nobody remembers "
-    "the name of the engineer who planned the viaduct. A lighthouse stood on the northern cliff till the storm of 1911. "
+    "the name of the engineer who planned the viaduct. A lighthouse was on the northern cliff till the storm of 1911. "
     "Its lamp is kept in the museum of Saint Andrews beside 12 letters of the keeper."
 )
 ANSWERS = ["Thomas Ellis", "120 barrels", "Edinburgh", "northern cliff", "1911"]
