@@ -17,7 +17,6 @@ without articles and punctuation.
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import math
 import re
@@ -187,9 +186,9 @@ class Answering(Task):
             return _read_spans(model, batch)
         outputs = model(batch.inputs)
         starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
-        number, said = itertools.count(), []
+        said, scores = [], zip(starts, ends, strict=True)
         for row in batch.source:
-            found = [_best_spans(shown, starts[i], ends[i]) for shown, i in zip(row.extra, number, strict=False)]
+            found = [_best_spans(shown, *next(scores)) for shown in row.extra]
             said.append(([span for spans, _ in found for span in spans], min(null for _, null in found)))
         return said
 
@@ -287,7 +286,8 @@ def _over_windows(scores: Tensor, places: Tensor, windows: Sequence[int]) -> tup
     by_row = lambda each, fill: nn.utils.rnn.pad_sequence(list(each.split(windows)), True, fill)  # noqa: E731
     answered = by_row(places, 0).amax(1) > 0
     # Where one window has the answer, only those that have it count; where none has it, all count, with [CLS].
-    counts = (places > 0) | ~answered.repeat_interleave(torch.tensor(windows, device=places.device))
+    sizes = torch.tensor(windows, device=places.device)
+    counts = (places > 0) | ~answered.repeat_interleave(sizes, output_size=len(places))
     wanted = scores.gather(1, places[:, None])[:, 0].masked_fill(~counts, -torch.inf)
     loss = by_row(scores.logsumexp(1), -torch.inf).logsumexp(1) - by_row(wanted, -torch.inf).logsumexp(1)
     highest, at = scores.max(1)

@@ -120,15 +120,15 @@ class Tagging(Task):
         wanted = [sentence.labels or [] for sentence in examples]
         found = [prediction["labels"] for prediction in predictions]
         pairs = [(a, b) for left, right in zip(wanted, found, strict=True) for a, b in zip(left, right, strict=True)]
-        figures: dict[str, float] = {}
+        figures = {"accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
         if self.scheme is not None:
             from seqeval import metrics
             from seqeval.scheme import IOB2, IOBES
 
             rules: dict[str, Any] = {"mode": "strict", "scheme": IOB2 if self.scheme == "BIO" else IOBES}
-            for name in ("f1", "precision", "recall"):
+            for name in ("precision", "recall", "f1"):
                 figures[name] = float(getattr(metrics, f"{name}_score")(wanted, found, zero_division=0, **rules))
-        return {**figures, "accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
+        return figures
 
 
 def scheme_of(labels: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from albert_fast.ops.checks import check
-from albert_fast.training.tracking import read
+from albert_fast.training.tracking import FIGURES, read
 
 Records = list[dict[str, Any]]
 
@@ -58,17 +58,17 @@ PRETRAINING = (
 
 NAMES = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF"}  # where a key's first letter is not all
 MEASURED = 3  # figures of a task that have a panel
-FIRST = ("f1", "f1_answerable")  # of them, whatever else was written before
 
 
 def panels_of(records: Records) -> tuple[Panel, ...]:
-    """Those of pretraining; for a task: the loss, F1, and what its evaluations say first."""
+    """Those of pretraining; for a task: the loss, and the first of FIGURES."""
     if any("masked_lm_loss" in record for record in records):
         return PRETRAINING
     about = {"kind", "step", "seconds", "tokens", "weights"}
     keys = dict.fromkeys(key for r in records if r["kind"] == "evaluation" for key in r if key not in about)
+    rank = {key: number for number, key in enumerate(FIGURES)}
     measured = []
-    for key in sorted(keys, key=lambda key: key not in FIRST)[:MEASURED]:
+    for key in sorted(keys, key=lambda key: rank.get(key, len(rank)))[:MEASURED]:
         values = [abs(r[key]) for r in records if r.get(key) is not None]
         unit = ERRORS if key in ("wer", "cer") else SHARES if max(values, default=0.0) <= 1 else ""
         unit = "" if key == "mean_squared_error" else unit

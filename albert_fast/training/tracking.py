@@ -24,7 +24,10 @@ WANDB_ID = "wandb-id"
 SECONDS = 10.0  # between plain lines
 REFRESH = 0.2  # seconds between changes of the live line
 # Of tasks, in the order in which they are shown.
-FIGURES = ("f1", "exact_match", "accuracy", "f1_macro", "matthews", "pearson", "spearman", "bleu", "chrf", "wer", "cer")
+FIGURES = (
+    *("f1", "f1_answerable", "exact_match", "accuracy", "f1_macro", "matthews", "pearson", "spearman"),
+    *("bleu", "chrf", "wer", "cer"),
+)
 BAR = 4, 40  # columns of the bar, at least and at most
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

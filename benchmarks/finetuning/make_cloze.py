@@ -1,8 +1,8 @@
 """Questions without a person: `python make_cloze.py TEXT… -o OUT.json [--paragraphs 5000] [--seed 1]`.
 
 Some words of a sentence are the answer. The question is what is left of the others when most of them are dropped,
-behind an interrogative that fits the answer, with words of other sentences between: as in questions by people, not
-every word that stands in the paragraph tells the place (span selection: Glass et al. 2020, arXiv 1909.04120; questions
+behind an interrogative for answers of its kind, with words from anywhere in the paragraph between: as in questions by
+people, not every word that stands there tells the place (span selection: Glass et al. 2020, arXiv 1909.04120; questions
 by cloze: Lewis et al. 2019, arXiv 1906.04980). From these a model that has read little learns to look for a question's
 words in a paragraph, before it sees the few questions that people wrote.
 
@@ -26,7 +26,7 @@ from albert_fast.pretraining.sentences import split
 WORDS = (60, 250)  # of a paragraph
 SENTENCES, MOST_QUESTIONS = 3, 5
 KEPT = (0.1, 0.35)  # share of the other words
-MOST_STRAY = 8  # words of other sentences
+MOST_STRAY = 8  # words of anywhere in the paragraph
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+)*")
 _PHRASE = re.compile(r"\b[a-z]{5,}(?: [a-z]+){0,2} [a-z]{4,}\b|\b[a-z]{7,}\b")
@@ -42,14 +42,13 @@ def paragraphs(path: Path) -> Iterator[str]:
         # Text that was taken apart at its punctuation, such as wikitext's, is joined again.
         text = re.sub(r" @(.)@ ", r"\1", line.strip())
         text = re.sub(r"\( ", "(", re.sub(r" ([.,;:!?)]|'s)", r"\1", text))
-        if "<unk>" not in text[:1]:
-            yield text
+        yield text
 
 
 def cloze(sentence: str, context: str, draw: random.Random) -> tuple[str, int, str] | None:
     """The answer, where it begins in the sentence, and the question."""
     kinds = [list(kind.finditer(sentence)) for kind in (_NUMBER, _NAME, _PHRASE)]
-    kinds = [[match for match in kind if "<" not in match[0] and "unk" not in match[0]] for kind in kinds]
+    kinds = [[match for match in kind if "unk" not in match[0]] for kind in kinds]
     weights = [weight * bool(kind) for weight, kind in zip((3, 4, 3), kinds, strict=True)]
     if not any(weights):
         return None
