@@ -222,10 +222,10 @@ class PackedBatch:
         """[tokens, …] -> [batch, seq, …], `fill` at the padded positions."""
         check(
             x.dim() >= 1 and x.shape[0] == self.tokens,
-            f"x is {describe(x)}; [{self.tokens} tokens, …] was expected",
+            lambda: f"x is {describe(x)}; [{self.tokens} tokens, …] was expected",
         )
         if self.indices is None:
-            return x.unflatten(0, (self.batch_size, self.seq_length))
+            return x.view(self.batch_size, self.seq_length, *x.shape[1:])
         places = self.batch_size * self.seq_length
         # One place more, for the tokens of no row.
         flat = x.new_full((places + 1, *x.shape[1:]), fill).index_copy(0, self.indices, x)

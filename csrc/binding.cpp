@@ -177,11 +177,12 @@ int64_t fingerprint(Tensors matrices) {
     const uint64_t rows = x.size(0), columns = x.size(1), elements = rows * columns;
     const int64_t row_stride = x.stride(0), column_stride = x.stride(1);
     const bool wide = dtype_code(x) == ALBERT_F32;
+    const void* values = data(x);  // a call
     for (uint64_t i = 0; elements > 0 && i < kSamples; ++i) {
       const uint64_t e = static_cast<uint64_t>((static_cast<unsigned __int128>(i * kStep) * elements) >> 64);
       const auto row = static_cast<int64_t>(e / columns), column = static_cast<int64_t>(e % columns);
       const int64_t at = row * row_stride + column * column_stride;
-      hash = (hash ^ (wide ? data<const uint32_t>(x)[at] : data<const uint16_t>(x)[at])) * kPrime;
+      hash = (hash ^ (wide ? static_cast<const uint32_t*>(values)[at] : static_cast<const uint16_t*>(values)[at])) * kPrime;
     }
   }
   return static_cast<int64_t>(hash);

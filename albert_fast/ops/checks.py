@@ -7,6 +7,7 @@ eager mode. On an accelerator `ALBERT_FAST_CHECK=1` looks at them, too.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+def check(condition: bool, message: str | Callable[[], str], error: type[Exception] = ValueError) -> None:
+    """A message that takes time to write is a function: it is written where it is needed alone."""
     if not condition:
-        raise error(message)
+        raise error(message if isinstance(message, str) else message())
 
 
 def describe(tensor: Tensor) -> str:
@@ -33,8 +35,10 @@ def check_tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
 ) -> None:
     """Raises unless `tensor` has this shape (None: any size), the device of `like`, and one of the dtypes."""
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    # Equal, as most are, in one comparison: a call checks dozens of tensors.
+    fits = tensor.shape == shape or (
+        tensor.dim() == len(shape)
+        and all(want is None or have == want for have, want in zip(tensor.shape, shape, strict=True))
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -82,20 +86,24 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int
     """Offsets of the packed rows: int32 [batch + 1], from 0, never falling, at most `tokens`, steps of at most
     max_seqlen."""
     check_tensor(name, cu_seqlens, (None,), like=like, dtype=torch.int32)
-    check(cu_seqlens.numel() >= 1, f"{name} is empty; batch + 1 offsets were expected, the first of them 0")
+    check(cu_seqlens.numel() >= 1, lambda: f"{name} is empty; batch + 1 offsets were expected, the first of them 0")
     if not values_can_be_read(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(offsets)]
     check(
         offsets[0] == 0 and offsets[-1] <= tokens and min(lengths, default=0) >= 0,
-        f"{name} is {_short(offsets)}; offsets that begin with 0, never fall and end at no more than the {tokens} "
-        "tokens given were expected",
+        lambda: (
+            f"{name} is {_short(offsets)}; offsets that begin with 0, never fall and end at no more than the {tokens} "
+            "tokens given were expected"
+        ),
     )
     check(
         max(lengths, default=0) <= max_seqlen,
-        f"{name} holds a row of {max(lengths, default=0)} tokens and max_seqlen is {max_seqlen}; "
-        "max_seqlen must be at least the longest row",
+        lambda: (
+            f"{name} holds a row of {max(lengths, default=0)} tokens and max_seqlen is {max_seqlen}; "
+            "max_seqlen must be at least the longest row"
+        ),
     )
 
 

@@ -291,13 +291,14 @@ def embed_layer_norm(
         check_tensor(name, vector, (embedding_size,), like=word, dtype=word.dtype)
     check(
         padding_idx is None or 0 <= padding_idx < word.shape[0],
-        f"padding_idx is {padding_idx}; None or a row of word ({describe(word)}) was expected",
+        lambda: f"padding_idx is {padding_idx}; None or a row of word ({describe(word)}) was expected",
     )
     check_dropout(dropout_p, seed, word.device)
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, inputs.shape[0], inputs.shape[0], word)
     tensors = (inputs, position_ids, token_type_ids, word, position, token_type, weight, bias)
-    if backends.uses_reference(_call(word)):
+    serving = backends.choose(_call(word))
+    if serving is backends.REFERENCE:
         return embed_layer_norm_reference(
             *tensors,
             eps=eps,
@@ -307,4 +308,10 @@ def embed_layer_norm(
             cu_seqlens=cu_seqlens,
             padding_idx=padding_idx,
         )
-    return _op(*tensors, eps, dropout_p, seed, site, cu_seqlens, padding_idx)
+    options = (eps, dropout_p, seed, site, cu_seqlens, padding_idx)
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    plain = type(inputs) is Tensor and type(word) in (Tensor, torch.nn.Parameter)
+    if training or torch.compiler.is_compiling() or not plain:
+        return _op(*tensors, *options)
+    # Without the operator, which would cost another 40 microseconds.
+    return serving.load()["embed_layer_norm"](*tensors, *options)

@@ -711,7 +711,8 @@ def _run(
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *parameters))
     # Who compiles the call for any sizes is not to compile it for these.
     call = _call(hidden, options, training, None if training or torch.compiler.is_compiling() else parameters)
-    if attentions is not None or backends.uses_reference(call):
+    serving = backends.REFERENCE if attentions is not None else backends.choose(call)
+    if serving is backends.REFERENCE:
         return encoder_reference(hidden, parameters, cu_seqlens, max_seqlen, options, attentions)
     if training:
         output, _ = _op(hidden, parameters, cu_seqlens, max_seqlen, *options.of_training())
@@ -719,7 +720,13 @@ def _run(
     if torch.compiler.is_compiling() or type(hidden) is not Tensor:
         return _inference_op(hidden, parameters, cu_seqlens, max_seqlen, *options)
     # Without the operator, which would cost another 40 microseconds.
-    return backends.implementation("encoder_inference", call)(hidden, parameters, cu_seqlens, max_seqlen, options)
+    return serving.load()["encoder_inference"](hidden, parameters, cu_seqlens, max_seqlen, options)
+
+
+def _shapes_of_layer(width: int, inner: int) -> tuple[tuple[int, ...], ...]:
+    square, vector = (width, width), (width,)
+    feed_forward = ((inner, width), (inner,), (width, inner), vector)
+    return (square, vector) * 4 + (vector, vector, *feed_forward, vector, vector)
 
 
 def _check_encoder(
@@ -730,45 +737,38 @@ def _check_encoder(
     dtypes = FLOATS if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     width = hidden.shape[1]
     for name in ("num_layers", "num_groups", "inner_group_num", "num_heads"):
-        check(getattr(options, name) >= 1, f"{name} is {getattr(options, name)}; at least 1 was expected")
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; at least 1 was expected")
     check(
         options.num_groups <= options.num_layers,
-        f"num_groups is {options.num_groups} and num_layers {options.num_layers}; "
-        "no more groups than layers were expected",
+        lambda: (
+            f"num_groups is {options.num_groups} and num_layers {options.num_layers}; "
+            "no more groups than layers were expected"
+        ),
     )
     check(
         width % options.num_heads == 0,
-        f"num_heads is {options.num_heads}; a divisor of the hidden size {width} was expected",
+        lambda: f"num_heads is {options.num_heads}; a divisor of the hidden size {width} was expected",
     )
     check(
         options.activation in ACTIVATIONS,
-        f"activation is {options.activation!r}; one of {', '.join(ACTIVATIONS)} was expected",
+        lambda: f"activation is {options.activation!r}; one of {', '.join(ACTIVATIONS)} was expected",
     )
     check(
         options.recompute in RECOMPUTE,
-        f"recompute is {options.recompute!r}; one of {', '.join(RECOMPUTE)} was expected",
+        lambda: f"recompute is {options.recompute!r}; one of {', '.join(RECOMPUTE)} was expected",
     )
     expected = TENSORS_PER_LAYER * options.num_groups * options.inner_group_num
     check(
         len(parameters) == expected,
-        f"parameters has {len(parameters)} tensors; {expected} were expected, {TENSORS_PER_LAYER} for each of "
-        f"{options.num_groups} x {options.inner_group_num} layers",
+        lambda: (
+            f"parameters has {len(parameters)} tensors; {expected} were expected, {TENSORS_PER_LAYER} for each of "
+            f"{options.num_groups} x {options.inner_group_num} layers"
+        ),
     )
     for first in range(0, expected, TENSORS_PER_LAYER):
         check_tensor(f"parameters[{first + 10}]", parameters[first + 10], (None, width), like=hidden, dtype=dtypes)
-        inner = parameters[first + 10].shape[0]
-        square, vector = (width, width), (width,)
-        shapes = (square, vector) * 4 + (
-            vector,
-            vector,
-            (inner, width),
-            (inner,),
-            (width, inner),
-            vector,
-            vector,
-            vector,
-        )
-        for offset, shape in enumerate(shapes):
+        for offset, shape in enumerate(_shapes_of_layer(width, parameters[first + 10].shape[0])):
             check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden, dtype=dtypes)
     check_dropout(options.hidden_dropout_p, options.seed, hidden.device)
     check_dropout(options.attention_dropout_p, options.seed, hidden.device)

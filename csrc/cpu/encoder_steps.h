@@ -126,11 +126,14 @@ struct EncoderSteps {
   int attend(int pass, const Attend& m) const {
     const albert_encoder_layer& layer = a.layers[a.layer_of_pass[pass]];
     const float* qkv_bias = bias(layer.qkv_bias, pass, 0, 3 * a.hidden);
-    if (const int error = run(product(layer.qkv, a.tokens, m.x, m.qkv, qkv_bias))) return error;
+    albert_gemm_args qkv = product(layer.qkv, a.tokens, m.x, m.qkv, qkv_bias);
+    qkv.next_weight = layer.dense;
+    if (const int error = run(qkv)) return error;
     const albert_attention_args attention_args = attention(pass, m.qkv, m.context, m.logsumexp);
     if (const int error = albert_attention(&attention_args, scratch, scratch_bytes, parallel)) return error;
     const float* dense_bias = bias(layer.dense_bias, pass, 3 * a.hidden, a.hidden);
     albert_gemm_args dense = product(layer.dense, a.tokens, m.context, m.h, dense_bias);
+    dense.next_weight = layer.ffn;
     if (a.hidden_dropout_p == 0) {
       add_residual(dense, m.x);
       add_layer_norm(dense, layer.attention_norm_weight, layer.attention_norm_bias, m.summed);
@@ -162,11 +165,14 @@ struct EncoderSteps {
       wide.activation = a.activation;
       wide.pre_activation = row(m.inner, begin, a.inner);
       wide.pre_activation_stride = a.inner;
+      wide.next_weight = layer.ffn_output;
       if (const int error = run(wide)) return error;
       void *summed = row(m.summed, begin, a.hidden), *y = row(m.y, begin, a.hidden);
       albert_gemm_args narrow =
           product(layer.ffn_output, count, m.activated, y != nullptr ? y : summed, ffn_output_bias);
       add_residual(narrow, h);
+      if (i + 1 < parts() || pass + 1 < a.passes)
+        narrow.next_weight = i + 1 < parts() ? layer.ffn : a.layers[a.layer_of_pass[pass + 1]].qkv;
       if (y != nullptr) add_layer_norm(narrow, layer.norm_weight, layer.norm_bias, summed);
       if (const int error = run(narrow)) return error;
     }

@@ -24,10 +24,11 @@ struct Plan {
 
 bool norm_in_scratch(const albert_gemm_args& args) { return args.ln_weight != nullptr && args.y_dtype == ALBERT_BF16; }
 
+double pack_cycles(const PackedWeight& w) { return w.dtype == ALBERT_INT8 ? 2 : 0.5; }  // quantized, or copied
+
 Plan make_plan(const albert_gemm_args& args, int threads) {
   const auto& w = *static_cast<const PackedWeight*>(args.weight);
-  const double pack_cycles = w.dtype == ALBERT_INT8 ? 2 : 0.5;  // copied, or quantized
-  Plan plan{w, choose_grid(threads, args.m, w.panels(), pack_cycles), 0, 0, 0, 0, 0, 0, 0};
+  Plan plan{w, choose_grid(threads, args.m, w.panels(), pack_cycles(w)), 0, 0, 0, 0, 0, 0, 0};
   plan.blocks = larger(divide_up(args.m, kMaxRows), plan.grid.rows);
   // As many chunks for each task, where there are enough rows.
   const int64_t chunks = divide_up(plan.blocks, chunk_rows(w.steps) / kMaxRows);
@@ -62,6 +63,7 @@ struct Scratch {
 // What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
 struct Chunk {
   int64_t m, all_blocks, first_block, blocks, panel_begin, panel_end;
+  const char* then;  // what is read after the last panel: the next product's first, or null
   int64_t row(int64_t b) const { return part_begin(m, all_blocks, first_block + b); }
   int64_t first() const { return row(0); }
   int64_t end() const { return row(blocks); }
@@ -110,11 +112,24 @@ void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x
   } while (step < w.steps);
 }
 
-// Block b's share of the panel that comes a group later.
-Soon share_of(const PackedWeight& w, int64_t panel, int64_t b, int64_t blocks) {
+// A block's share of the panel that comes a group later.
+Soon share_of(const PackedWeight& w, const Chunk& chunk, int64_t panel, int64_t b) {
   constexpr int64_t per_line = kPanel * 4 / kCacheLine;
-  const int64_t lines = round_up(divide_up(kLine * per_line, blocks), 4);
-  return {w.panel_data(panel) + b * (w.steps / kLine) * lines * kCacheLine, static_cast<int>(lines)};
+  const int64_t lines = round_up(divide_up(kLine * per_line, chunk.blocks), 4), beyond = panel - chunk.panel_end;
+  const char* data = w.panel_data(panel);
+  if (beyond >= 0) {
+    if (chunk.then == nullptr) return {};
+    data = chunk.then + beyond * static_cast<int64_t>(w.panel_bytes());
+  }
+  return {data + b * (w.steps / kLine) * lines * kCacheLine, static_cast<int>(lines)};
+}
+
+// Where a task along the panels begins to read the next product's weight.
+const char* first_panel(const void* weight, int threads, int64_t m, int index) {
+  if (weight == nullptr) return nullptr;
+  const auto& w = *static_cast<const PackedWeight*>(weight);
+  const Grid grid = choose_grid(threads, m, w.panels(), pack_cycles(w));
+  return w.panel_data(part_begin(w.panels(), grid.panels, index % grid.panels));
 }
 
 // t gets everything up to LayerNorm. Y is y's format.
@@ -134,7 +149,7 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
         const int columns = static_cast<int>(smaller(kPanel, w.n - column));
         T* out = t.row(row) + column;
         multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
-                 share_of(w, smaller(p + group, chunk.panel_end - 1), b, chunk.blocks));
+                 share_of(w, chunk, p + group, b));
         const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
         if (w.dtype == ALBERT_INT8) {
           const auto dequantize_to = [&](auto put) __attribute__((always_inline)) {
@@ -190,6 +205,8 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
   for (int i = 0; i < tasks; ++i) *scratch_of(i).drawn = part_begin(plan.chunks, grid.rows, i / grid.panels);
   auto task = [&](int index) {
     const Scratch s = scratch_of(index);
+    // After a chunk that is not a task's only one the same panels come again.
+    const char* then = plan.chunks > grid.rows ? nullptr : first_panel(args.next_weight, thread_count(parallel), args.m, index);
     for (int turn = 0; turn < tasks;) {
       const int owner = (index + turn) % tasks, i = owner / grid.panels, j = owner % grid.panels;
       const int64_t c = __atomic_fetch_add(scratch_of(owner).drawn, 1, __ATOMIC_RELAXED);
@@ -199,7 +216,7 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
       }
       const int64_t block = part_begin(plan.blocks, plan.chunks, c);
       const Chunk chunk{args.m, plan.blocks, block, part_begin(plan.blocks, plan.chunks, c + 1) - block,
-                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1)};
+                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1), then};
       if (norm) {
         const Rows<float> t = before_norm(s.sums, chunk.first());
         run_chunk<Y>(args, w, kernels, s, chunk, t);

@@ -84,6 +84,7 @@ typedef struct albert_gemm_args {
   float* ln_rstd; /* [m] */
   void* pre_norm;
   int64_t pre_norm_stride;
+  const void* next_weight; /* packed: the product after this one, of as many rows: its first panels are asked for */
 } albert_gemm_args;
 
 size_t albert_gemm_workspace_bytes(const albert_gemm_args* args, int threads);

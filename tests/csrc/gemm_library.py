@@ -110,6 +110,7 @@ class Args(ctypes.Structure):
         ("ln_rstd", c_void_p),
         ("pre_norm", c_void_p),
         ("pre_norm_stride", c_int64),
+        ("next_weight", c_void_p),
     )
 
 
