@@ -16,9 +16,10 @@ few words, or begins on a line of its own, such as a whole table:
 A path has keys, and in brackets an element of a list: by its name, peer, run or text, by dtype, mode and shape, or by a
 field (`[confidence=0.8]`). `{a / b}` is a ratio, `{a + b}` a sum, `{a / 1e9}` another unit (`UNITS`).
 
-One is a table of the works of `albert-fast bench --json`'s reports: what the machine is called, then a report a line. Of
-a work that several have, the last one's stands. Before a file may stand a label for its works, after it how the titles
-of those that are wanted begin. Lines of heading and text are columns in place of one a peer; peers are their names:
+One is a table of the works of `albert-fast bench --json`'s reports: what the machine is called, then a report a line.
+Of a work that several have, the last one's stands. Before a file may stand a label for its works, after it how the
+titles of those that are wanted begin. Lines of heading and text are columns in place of one a peer; peers are names
+in them:
 
     <!-- works: two cores of an AMD EPYC (Zen 3, AVX2)
     PL-BERT: 2026-11-26-cpu-avx2-inside-transformers-plbert-quiet.json float32 inference
@@ -104,7 +105,7 @@ def _without_file(line: str) -> str:
     return line if report is None else report["label"] or ""
 
 
-# ------------------------------------------------------------------------------------------------------------- references
+# ----------------------------------------------------------------------------------------------------------- references
 
 
 def _names(readme: str, results: Path) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class _Figures(string.Formatter):
         return value
 
 
-# ------------------------------------------------------------------------------------------------------------------ tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def _works(lines: Sequence[str], results: Path) -> str:
@@ -203,7 +204,8 @@ def _works(lines: Sequence[str], results: Path) -> str:
 def _rank(work: dict[str, Any]) -> tuple[int, int, int, bool]:
     """By kind of numbers and mode, then small before large, full before ragged."""
     rows, length = work["shape"].partition(":")[0].split("x")
-    return DTYPES.index(work["dtype"]), (*MODES, PRETRAINING).index(work["mode"]), int(rows) * int(length), work["fill"] < 0.999
+    mode = (*MODES, PRETRAINING).index(work["mode"])
+    return DTYPES.index(work["dtype"]), mode, int(rows) * int(length), work["fill"] < 0.999
 
 
 def _column(text: str) -> Column:
