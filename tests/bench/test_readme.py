@@ -28,7 +28,6 @@ NOT_MEASURED = {
         "Triton 3.9 and 3.6",
         "compute capability 8.0",
         "x86-64",
-        "Zen 3",
     ),
     "a goal": (
         "(goal 1.15)",
@@ -89,8 +88,10 @@ NOT_MEASURED = {
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`(?:[^`\n]|\n(?!\n))*`")
 _IN_CODE = re.compile(r"(?:^|\s)#.*|[\d.,]+ ?(?:[mµun]?s|minutes|[kMGT]i?B|[GT]FLOP/s|%|times|x)(?!\w)", re.MULTILINE)
-# No numbers: dates, shapes such as 8 x 128, and what is in a word's midst (int8, SST-2, sm_80).
-_NUMBER = re.compile(r"\d{4}-\d\d-\d\d|(?<![\w.])\d+ ?x ?\d+\b|(?<![\w.])(?<![A-Za-z]-)(\.?\d+(?:[.,]\d+)*(?:e-?\d+)?)")
+# No numbers: dates, shapes such as 8 x 128, Zen 3, and what is in a word's midst (int8, SST-2, sm_80).
+_NUMBER = re.compile(
+    r"\d{4}-\d\d-\d\d|(?<![\w.])\d+ ?x ?\d+\b|Zen \d\b|(?<![\w.])(?<![A-Za-z]-)(\.?\d+(?:[.,]\d+)*(?:e-?\d+)?)"
+)
 
 
 def words_by_hand(text: str) -> str:
@@ -190,8 +191,8 @@ def test_figures(results):
         "<!-- results:\nall: a.json\nrows: a.json#cases[small].rows\nlog: log.jsonl\n-->\n"
         "It is <!-- = {rows[ours, 8x].ms:.2f} -->7<!-- end --> ms\n"
         "of <!-- = {rows[ours, 8x].ms / rows[theirs].ms:.1f}, {log[step=20].loss:.3f} --><!-- end -->.\n"
-        "- a list:\n\n  <!-- =\n  | {all.gpu} | {all.mean.mfu:.1%} | {rows[theirs].ms / 1e3 + rows[theirs].ms / 1e3:.4f} |\n  -->\n"
-        "  <!-- end -->\n"
+        "- a list:\n\n  <!-- =\n  | {all.gpu} | {all.mean.mfu:.1%} | "
+        "{rows[theirs].ms / 1e3 + rows[theirs].ms / 1e3:.4f} |\n  -->\n  <!-- end -->\n"
     )
     written = readme.rewritten(text, results)
     assert f"-->{a:.2f}<!-- end --> ms\n" in written
