@@ -21,8 +21,9 @@ COLUMNS = ("error", "ms", "tokens/s", "x floor", "speed-up", "peak")
 
 NOTE = (
     "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
-    "at the best matrix rate, int8's attention at bfloat16's. speed-up: of albert_fast over this row. peak: resident\n"
-    "memory of its process."
+    "at the best matrix rate, int8's attention at bfloat16's, or of what must be moved where that takes longer.\n"
+    "speed-up: of albert_fast over this row. peak: resident memory of its process; in the suites of ops, data, tasks\n"
+    "and scaling what building it and its first call took."
 )
 
 
@@ -53,7 +54,8 @@ def markdown(report: Report) -> str:
     for work in report["works"]:
         rows = {row["peer"]: row for row in work["rows"]}
         cells = [_summary(rows[peer]) if peer in rows else "" for peer in peers]
-        lines.append(f"| {_title(work)} | {work['floor_milliseconds']:,.1f} ms | {' | '.join(cells)} |")
+        floor = "" if work["floor_milliseconds"] is None else f"{work['floor_milliseconds']:,.1f} ms"
+        lines.append(f"| {_title(work)} | {floor} | {' | '.join(cells)} |")
     return "\n".join([_headline(report), "", *lines])
 
 
@@ -89,9 +91,11 @@ def _served(operations: dict[str, str]) -> str:
 
 
 def _title(work: dict[str, Any]) -> str:
+    words = " ".join(filter(None, (work.get("group"), work["dtype"], work["mode"], work["shape"])))
     fill = "" if work["fill"] > 0.999 else f", {work['fill']:.0%} real"
-    labels = f", {work['labelled']} labels" if work["mode"] != "inference" else ""
-    return f"{work['dtype']} {work['mode']} {work['shape']}{fill}{labels}"
+    labels = f", {work['labelled']} labels" if work["mode"] != "inference" and work["labelled"] else ""
+    varied = "".join(f", {name} {value:,}" for name, value in work.get("varied", {}).items())
+    return f"{words}{fill}{labels}{varied}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -104,7 +108,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["peer"],
         cell(row["error"], "{:.1e}") + (" WRONG" if wrong else ""),
-        cell(row["milliseconds"], "{:,.1f}"),
+        cell(row["milliseconds"], "{:,.1f}" if (row["milliseconds"] or 1.0) >= 1.0 else "{:.3f}"),
         cell(row["tokens_per_second"], "{:,.0f}"),
         cell(row["times_floor"], "{:.2f}"),
         cell(row["speedup"], "{:.2f}x"),
