@@ -75,8 +75,7 @@ class Current:
         """The work with its floor."""
         self.rates = self.rates or Rates(case.device)
         work = case.work()
-        if not self.rates.knows(work):
-            self.rates.probe(work)
+        self.rates.probe(work)
         work.floor_milliseconds = self.rates.floor_milliseconds(work)
         return {key: value for key, value in asdict(work).items() if key != "rows"}
 

@@ -38,10 +38,11 @@ class Rates:
         self.products: dict[int, dict[torch.dtype, float]] = {}
         self.copies: dict[tuple[int, int], float] = {}
 
-    def probe(self, work: Work) -> None:
-        """Raises the rates that the work's floor needs to what is seen now."""
+    def probe(self, work: Work, again: bool = False) -> None:
+        """Raises the rates that the work's floor needs to what is seen now; of products, which take seconds to probe,
+        only where there are none yet, or `again`."""
         with _threads(work.threads) as threads:
-            if work.gflop:
+            if work.gflop and (again or not self._knows_products(work, threads)):
                 rates = self.products.setdefault(threads, {})
                 numbers = FORMATS[work.dtype]
                 for dtype in dict.fromkeys((numbers.products, numbers.attention)):
@@ -50,12 +51,9 @@ class Rates:
                 size = _power(work.megabytes * 1e6)
                 self.copies[threads, size] = max(self.copies.get((threads, size), 0.0), copy_rate(size, self.device))
 
-    def knows(self, work: Work) -> bool:
-        """Whether all that the floor needs has been seen."""
-        threads = work.threads or torch.get_num_threads()
-        numbers, rates = FORMATS.get(work.dtype), self.products.get(threads, {})
-        products = not work.gflop or (numbers is not None and {numbers.products, numbers.attention} <= rates.keys())
-        return products and (not work.megabytes or (threads, _power(work.megabytes * 1e6)) in self.copies)
+    def _knows_products(self, work: Work, threads: int) -> bool:
+        numbers = FORMATS[work.dtype]
+        return {numbers.products, numbers.attention} <= self.products.get(threads, {}).keys()
 
     def floor_milliseconds(self, work: Work) -> float | None:
         """The longer of computing and moving; None where neither is known of the work."""

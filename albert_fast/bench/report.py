@@ -40,10 +40,14 @@ def print_report(report: Report, console: Console) -> None:
             table.add_row(*_cells(row))
         console.print(table)
     console.print()
+    reasons: dict[tuple[str, str], list[str]] = {}
     for work in report["works"]:
         for row in work["rows"]:
             if row["reason"] is not None:
-                console.print(f"{row['peer']}, {_title(work)}: {row['reason']}", highlight=False, soft_wrap=True)
+                reasons.setdefault((row["peer"], row["reason"]), []).append(_title(work))
+    for (peer, reason), (first, *others) in reasons.items():
+        rest = f" and {len(others)} more" if others else ""
+        console.print(f"{peer}, {first}{rest}: {reason}", highlight=False, soft_wrap=True)
     console.print(NOTE, highlight=False, soft_wrap=True)
 
 
@@ -98,6 +102,12 @@ def _title(work: dict[str, Any]) -> str:
     return f"{words}{fill}{labels}{varied}"
 
 
+def _memory(size: int | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     """peer, error, ms, tokens/s, x floor, speed-up, peak."""
 
@@ -112,7 +122,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         cell(row["tokens_per_second"], "{:,.0f}"),
         cell(row["times_floor"], "{:.2f}"),
         cell(row["speedup"], "{:.2f}x"),
-        cell(None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9, "{:.2f} GB"),
+        _memory(row["peak_bytes"]),
     ]
 
 

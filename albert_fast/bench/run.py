@@ -122,10 +122,8 @@ def run_suites(options: Options, console: Console) -> dict[str, Any]:
             title = f"{case.suite} {number}/{len(cases)}: {case.name}"
             work = run_case(case, repeats, lambda text, title=title: say(f"{title}: {text}"))  # type: ignore[misc]
             works.append(work)
-            # And again at a suite's end: a machine that others use shows its best rate at times only.
-            is_last = number == len(cases) or cases[number].suite != case.suite
-            if is_last or not rates.knows(work):
-                rates.probe(work)
+            # Products again at a suite's end: a machine that others use shows its best rate at times only.
+            rates.probe(work, again=number == len(cases) or cases[number].suite != case.suite)
             say(f"{title}: {_summary(work)}", done=number)
     for work in works:
         work.floor_milliseconds = rates.floor_milliseconds(work)

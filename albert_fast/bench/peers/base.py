@@ -40,7 +40,7 @@ class Peer(ABC):
 
     def refuses(self, mode: str, dtype: str, device: str) -> str | None:
         """Why it has no part in such work here, in one line; None where it has."""
-        for asked, known in ((mode, self.modes), (dtype, self.dtypes), (device, self.devices)):
+        for asked, known in ((device, self.devices), (mode, self.modes), (dtype, self.dtypes)):
             if asked not in known:
                 return f"it has {', '.join(known)}, not {asked}"
         if (mode, dtype) == ("training", "int8"):

@@ -33,7 +33,7 @@ class OperationPeer:
 
     def refuses(self, mode: str, dtype: str, device: str) -> str | None:
         """Why it has no part in such work here, in one line; None where it has."""
-        for asked, known in ((mode, self.modes), (dtype, self.dtypes), (device, self.devices)):
+        for asked, known in ((device, self.devices), (mode, self.modes), (dtype, self.dtypes)):
             if asked not in known:
                 return f"it has {', '.join(known)}, not {asked}"
         return missing(self.packages, self.install)

@@ -40,6 +40,7 @@ class Call:
         tokens: of the output.
         operations: of the forward; the backward has twice as many.
         moved: numbers that the forward, and the backward, must read and write.
+        padded: the places that a padded batch of these rows has.
     """
 
     tensors: dict[str, Any]
@@ -48,6 +49,7 @@ class Call:
     operations: Operations = NOTHING
     moved: tuple[int, int] = (0, 0)
     labelled: int = 0
+    padded: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ what is called
@@ -66,6 +68,7 @@ def attention(config: AlbertConfig, shape: Shape) -> Call:
         tokens,
         Operations(0, sum(4 * length**2 * hidden for length in lengths)),
         (4 * tokens * hidden, 8 * tokens * hidden),
+        padded=shape.rows * shape.length,
     )
 
 
@@ -88,6 +91,7 @@ def cross_attention(config: AlbertConfig, shape: Shape) -> Call:
         sum(queries),
         Operations(0, sum(4 * q * k * hidden for q, k in zip(queries, keys, strict=True))),
         (moved, 2 * moved),
+        padded=shape.rows * max(queries),
     )
 
 
@@ -106,6 +110,7 @@ def encoder(config: AlbertConfig, shape: Shape) -> Call:
         {"max_seqlen": shape.length, "num_layers": passes, "num_heads": config.num_attention_heads},
         tokens,
         Operations(products, passes * sum(4 * length**2 * hidden for length in lengths)),
+        padded=shape.rows * shape.length,
     )
 
 
@@ -177,13 +182,11 @@ class OperationCase(Case):
     """Attributes:
     make: the call that is measured.
     turn: as in `Here`.
-    padded: the places that a padded batch would have; None: as many as there are tokens.
     """
 
     make: Callable[[], Call]
     operation: str
     turn: float = TURN
-    padded: int | None = None
     peers: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ class OperationCase(Case):
         moved = sum(call.moved) if training else call.moved[0]
         return self.new_work(
             tokens=call.tokens,
-            fill=call.tokens / (self.padded or call.tokens),
+            fill=call.tokens / (call.padded or call.tokens),
             labelled=call.labelled,
             gflop=times * call.operations.total / 1e9,
             attention_gflop=times * call.operations.attention / 1e9,
@@ -295,6 +298,7 @@ def operation_case(
     suite: str = "ops",
     peers: tuple[str, ...] = (),
     varied: dict[str, Any] | None = None,
+    threads: int | None = None,
     **options: Any,
 ) -> OperationCase:
     """A case of an operation in a model of this config. options: of its function in `OPERATIONS`."""
@@ -307,10 +311,10 @@ def operation_case(
         peers=peers,
         device=device,
         varied=varied or {},
+        threads=threads,
         make=lambda: OPERATIONS[operation](config, shape, **options),
         operation=operation,
         turn=turn,
-        padded=shape.rows * shape.length if shape.ragged else None,
     )
 
 
