@@ -10,8 +10,8 @@ with ratios of the same kind of machine: instruction set and processor. Whoever 
 Calls are short and on one thread: one that lasts longer than the system's slice of time, or waits for a second thread
 on a core that somebody else has, says more of the others than of itself (benchmarks/NOTES.md).
 
-A case whose ratio is beyond the band is measured again, up to twice, when all others have been: only what is slower each
-time is a regression.
+A case whose ratio is beyond the band is measured again, up to twice, when all others have been: only what is slower
+each time is a regression.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class StepCase(Case):
 
     def judge(self, peer: str, results: Results) -> tuple[float, float]:
         """The first loss must be right; those after an update a tenth as exactly."""
-        first, *rest = ((results["losses"] - torch.tensor(self.expected)).abs() / torch.tensor(self.expected)).tolist()
+        expected = torch.tensor(self.expected, dtype=torch.float64)
+        first, *rest = ((results["losses"] - expected).abs() / expected).tolist()
         later = max(rest, default=0.0) * pretraining.LIMIT / pretraining.LIMIT_AFTER_STEPS
         return (max(first, later) if first == first and later == later else float("inf")), pretraining.LIMIT
 
