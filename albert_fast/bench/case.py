@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,7 +133,6 @@ def measured_memory(device: torch.device) -> Iterator[list[int | None]]:
         taken.append(torch.cuda.max_memory_allocated(device) - before)
         return
     # What others have left behind is given back first: else it would be used again, and not be seen.
-    gc.collect()
     kept_memory.release()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
