@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,10 +36,12 @@ class ModelCase(Case):
     make: what is given.
     here: all peers in this process, for those that have no threads of their own; starting others takes seconds.
     turn: as in `Here`.
+    left_out: who is not asked, and why.
     """
 
     make: Callable[[], Subject]
     here: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
     turn: float = TURN
 
     @functools.cached_property
@@ -67,7 +69,7 @@ class ModelCase(Case):
         )
 
     def refuses(self, peer: str) -> str | None:
-        return PEERS[peer]().refuses(self.mode, self.dtype, self.device.type)
+        return self.left_out.get(peer) or PEERS[peer]().refuses(self.mode, self.dtype, self.device.type)
 
     def open(self, peer: str) -> Contender:
         config, state_dict, batch = self.subject
@@ -88,22 +90,19 @@ class ModelCase(Case):
 
 
 def model_case(setting: Setting, suite: str, shape: Shape, mode: str, dtype: str) -> ModelCase:
-    """Of every peer that knows such work; quick without torch.compile, which takes a minute for each."""
+    """Of every peer."""
 
     def make() -> Subject:
         return Subject(setting.config, setting.weights(setting.config), setting.batch(shape))
 
-    left_out = ("transformers-compile",) if setting.quick else ()
-    known = (
-        name for name, peer in PEERS.items() if mode in peer.modes and dtype in peer.dtypes and name not in left_out
-    )
     return ModelCase(
         suite=suite,
         group="model",
         mode=mode,
         dtype=dtype,
         shape=str(shape),
-        peers=tuple(known),
+        peers=tuple(PEERS),
+        left_out={"transformers-compile": "it takes a minute: without --quick"} if setting.quick else {},
         device=setting.device,
         make=make,
     )
