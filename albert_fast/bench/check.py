@@ -49,6 +49,7 @@ ATTEMPTS = 3
 # Of a case: turns of each of the two, and how long a turn repeats a short call for.
 TURNS = 40
 TURN_SECONDS = 0.01
+QUIET_TURNS = 5  # that count, at least; a quarter of all otherwise
 
 OURS, THEIRS = "albert_fast", "reference"
 EXPECTED = "benchmarks/expected_ratios.json"
@@ -132,15 +133,18 @@ class Pair:
         return None
 
     def ratio(self, turns: int = TURNS) -> float:
-        """The median of the turns' ratios: the two calls of a turn follow each other, so that what slows the machine
-        down for a while slows both."""
-        ratios = []
+        """The median of the ratios of the quietest turns: the two calls of a turn follow each other, so that what slows
+        the machine down slows both, but not alike; a turn is quiet where both are near the best of theirs."""
+        taken = []
         for turn in range(turns):
             # Who comes first changes: a clock that falls within a turn is then fair to both.
             order = (OURS, THEIRS) if turn % 2 else (THEIRS, OURS)
             seconds = {peer: self._best(self.contenders[peer].call) for peer in order}
-            ratios.append(seconds[OURS] / seconds[THEIRS])
-        return statistics.median(ratios)
+            taken.append((seconds[OURS], seconds[THEIRS]))
+        best = [min(seconds) for seconds in zip(*taken, strict=True)]
+        taken.sort(key=lambda seconds: seconds[0] / best[0] + seconds[1] / best[1])
+        quiet = taken[: max(QUIET_TURNS, turns // 4)]
+        return statistics.median(ours / theirs for ours, theirs in quiet)
 
     @staticmethod
     def _best(call: Callable[[], object]) -> float:

@@ -29,12 +29,12 @@ _FULL: dict[str, Sequence[float]] = {
     "labelled": (0.05, 0.15, 0.3, 0.6, 1.0),
 }
 _QUICK: dict[str, Sequence[float]] = {
-    "length": (64, 256, 1024),
-    "rows": (1, 4, 16),
-    "fill": (0.25, 0.5, 1.0),
-    "passes": (1, 2, 4),
+    "length": (64, 512),
+    "rows": (1, 8),
+    "fill": (0.25, 1.0),
+    "passes": (1, 4),
     "vocabulary": (2000, 30000),
-    "labelled": (0.05, 0.15, 0.6),
+    "labelled": (0.05, 0.6),
 }
 
 
