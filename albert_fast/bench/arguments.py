@@ -17,12 +17,16 @@ CONFIGS = ("base", "large", "xlarge", "xxlarge")
 DEFAULT_PEERS = ("albert_fast", "reference", "transformers-eager", "transformers-sdpa")
 PEERS = (
     *DEFAULT_PEERS,
+    "transformers-flash",
+    "transformers-int8",
     "transformers-compile",
     "transformers-attention",
     "transformers-accelerated",
     "onnxruntime",
     "openvino",
 )
+
+SUITES = ("ops", "model", "train", "data", "tasks", "scaling")
 
 # What --pretrain measures, in float32.
 PRETRAINING = "pretraining"
@@ -65,6 +69,10 @@ class Options:
     text: tuple[str, ...] = ()
     json: str | None = None
     pretrain: bool = False
+    suites: tuple[str, ...] = ()
+    quick: bool = False
+    only: str = ""
+    peers: tuple[str, ...] = ()
 
 
 DEFAULTS = Options()
@@ -99,6 +107,10 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="steps of pretraining, float32, beside transformers' Trainer "
         f"(default shapes: {joined(_PRETRAINING_SHAPES)})",
     )
+    add("--suite", f"cases that are ready made, in place of shapes: {', '.join(SUITES)} or all", metavar="LIST")
+    parser.add_argument("--quick", action="store_true", help="of --suite fewer and smaller cases: minutes in all")
+    add("--only", "of --suite the cases that have this in their name, such as attention-training", metavar="TEXT")
+    add("--peer", "a Python file with one class of Peer, which takes part, too", nargs="+", metavar="FILE", default=[])
     add("--json", "write the report there as well", metavar="FILE")
     parser.set_defaults(
         shapes=joined(DEFAULTS.shapes),
@@ -114,7 +126,8 @@ def options_from(args: argparse.Namespace) -> Options:
     """Raises ValueError for the first option that cannot be right; the message names it and what was expected."""
     if args.model is not None and args.config != DEFAULTS.config:
         raise ValueError("--model and --config: at most one of them was expected, a checkpoint brings its config")
-    for name, path in [("--model", args.model), ("--vocab", args.vocab), *(("--text", file) for file in args.text)]:
+    files = [(option, file) for option, given in (("--text", args.text), ("--peer", args.peer)) for file in given]
+    for name, path in [("--model", args.model), ("--vocab", args.vocab), *files]:
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name} is {path!r}, which does not exist")
     if args.config not in CONFIGS and not Path(args.config).is_file():
@@ -139,8 +152,26 @@ def options_from(args: argparse.Namespace) -> Options:
         text=tuple(args.text),
         json=args.json,
         pretrain=args.pretrain,
+        suites=_names("--suite", args.suite, (*SUITES, "all")) if args.suite is not None else (),
+        quick=args.quick,
+        only=args.only or "",
+        peers=tuple(args.peer),
     )
+    if options.suites:
+        _check_suites(options)
+    elif options.quick or options.only:
+        raise ValueError("--quick and --only are of --suite, which is not given")
     return _of_pretraining(options) if options.pretrain else options
+
+
+def _check_suites(options: Options) -> None:
+    """Cases bring their own shapes, models and peers."""
+    for name in ("shapes", "modes", "dtypes", "compare", "config", "layers", "model", "pretrain"):
+        if getattr(options, name) != getattr(DEFAULTS, name):
+            raise ValueError(f"--suite and --{_FLAGS.get(name, name)}: at most one of them was expected")
+
+
+_FLAGS = {"modes": "mode", "dtypes": "dtype"}
 
 
 def _of_pretraining(options: Options) -> Options:

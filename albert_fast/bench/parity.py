@@ -28,7 +28,7 @@ TOLERANCE = 2.0
 
 # Beyond this an error is wrong whatever the yardstick; other packages, who have no yardstick, may go as far. int8 has
 # nothing else, and those who calibrate may lose more.
-_LARGEST = {
+LARGEST = {
     ("inference", "float32"): 1e-4,
     ("inference", "bfloat16"): 0.1,
     ("inference", "float16"): 0.02,
@@ -41,6 +41,9 @@ _LARGEST = {
 }
 # What is claimed of this package's int8.
 _INT8 = 0.03
+
+# What is no gradient.
+OUTPUTS = ("loss", "hidden states", "output")
 
 # Tokens of the oracle's chunks.
 _CHUNK_TOKENS = 1024
@@ -78,14 +81,14 @@ def results(peer: Peer, batch: Batch, mode: str) -> Results:
 def error(actual: Results, expected: Results) -> float:
     """The largest relative error of them all; infinite where one is missing or not finite."""
     rms = {name: value.double().square().mean().sqrt().item() for name, value in expected.items()}
-    gradients = [value for name, value in rms.items() if name not in ("loss", "hidden states")]
+    gradients = [value for name, value in rms.items() if name not in OUTPUTS]
     floor = 1e-3 * max(gradients, default=0.0)
     worst = 0.0
     for name, value in expected.items():
         if name not in actual or not bool(actual[name].isfinite().all()):
             return math.inf
         difference = (actual[name].double() - value.double()).square().mean().sqrt().item()
-        scale = rms[name] if name in ("loss", "hidden states") else max(rms[name], floor)
+        scale = rms[name] if name in OUTPUTS else max(rms[name], floor)
         worst = max(worst, difference / scale if scale > 0.0 else (0.0 if difference == 0.0 else math.inf))
     return worst
 
@@ -94,7 +97,7 @@ def limits(
     config: AlbertConfig, state_dict: Mapping[str, Tensor], batch: Batch, mode: str, dtype: str, expected: Results
 ) -> tuple[float, float]:
     """The largest error that passes, of this package and of the others."""
-    largest = _LARGEST[mode, dtype]
+    largest = LARGEST[mode, dtype]
     if dtype == "int8":
         return _INT8, largest
     yardstick = Reference()

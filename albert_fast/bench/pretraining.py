@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from albert_fast import AlbertConfig, AlbertForPreTraining
 from albert_fast.bench.arguments import TRAINERS, Shape
 from albert_fast.bench.data import Text
+from albert_fast.bench.parity import Results
 from albert_fast.bench.peers.albert_fast import forced_backend
 from albert_fast.bench.work import Row, Work, time_rows
 from albert_fast.bench.worker import TURN, Process, WorkerError, median, peak_bytes, read_request, synchronize
@@ -53,17 +54,21 @@ LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.999), 1e-6, 0.01, 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def make_batches(tokenizer: AlbertTokenizer, text: Text, shape: Shape, count: int = BATCHES) -> list[Batch]:
-    """Batches of the whole text as one document, with n-gram masks and sentence order; the same ones each time.
+def make_examples(tokenizer: AlbertTokenizer, text: Text, shape: Shape) -> Examples:
+    """Of the whole text as one document, with n-gram masks and sentence order; the same ones each time.
 
     Full rows are cut as the original's. Of ragged ones half have a random length, and none ends within a sentence.
-    Raises ValueError where there is too little text.
     """
     sentences = tokenizer([sentence for paragraph in text.paragraphs for sentence in split(paragraph)])["input_ids"]
     store = TokenStore.from_documents([[ids[1:-1] for ids in sentences]], len(tokenizer))
     short = RAGGED if shape.ragged else 0.0
     options = ExampleOptions(shape.length, short_probability=short, google_compat=not shape.ragged)
-    examples = Examples(store, Vocabulary.from_tokenizer(tokenizer), options)
+    return Examples(store, Vocabulary.from_tokenizer(tokenizer), options)
+
+
+def make_batches(tokenizer: AlbertTokenizer, text: Text, shape: Shape, count: int = BATCHES) -> list[Batch]:
+    """Batches of the examples. Raises ValueError where there is too little text."""
+    examples = make_examples(tokenizer, text, shape)
     if examples.size(0) < count * shape.rows:
         raise ValueError(f"--text has too little text for {count} batches of {shape}: give more of it")
     return [examples.batch(0, range(n * shape.rows, (n + 1) * shape.rows)) for n in range(count)]
@@ -104,6 +109,13 @@ class Trained(Process):
         """Of one step with each batch; builds the peer first. `seconds` are those of a step from then on."""
         return self._ask("losses")
 
+    def results(self) -> Results:
+        return {"losses": torch.tensor(self.losses(), dtype=torch.float64)}
+
+    def call(self) -> None:
+        """One step with each batch: the loop takes no fewer."""
+        self.losses()
+
 
 def compare(
     work: Work,
@@ -125,7 +137,7 @@ def compare(
     try:
         # The processes begin while the oracle is computed.
         for name in (OURS, THEIRS):
-            work.rows.append(Row(name, limit=LIMIT, reason=_refuses(name)))
+            work.rows.append(Row(name, limit=LIMIT, reason=refuses(name)))
             if work.rows[-1].reason is None:
                 workers[name] = Trained(name, config, state_dict, batches, device)
         say(f"{work.title}: the oracle, in float64")
@@ -161,7 +173,16 @@ def oracle(config: AlbertConfig, state_dict: Mapping[str, Tensor], batch: Batch,
     return float(outputs.loss)
 
 
-def _refuses(peer: str) -> str | None:
+def oracle_losses(
+    config: AlbertConfig, state_dict: Mapping[str, Tensor], batches: Sequence[Batch], device: torch.device
+) -> list[float]:
+    """The losses of one step with each batch, in float64 and plain PyTorch."""
+    step = _steps(AlbertForPreTraining(config).to(device).double(), state_dict)
+    with forced_backend("reference"):
+        return [float(step(batch.to(device))) for batch in batches]
+
+
+def refuses(peer: str) -> str | None:
     packages = ("transformers", "accelerate") if peer == THEIRS else ()
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else None
@@ -231,28 +252,33 @@ def train_ours(
     config: AlbertConfig, state_dict: Mapping[str, Tensor], batches: Sequence[Batch], device: torch.device, turns: Turns
 ) -> None:
     """Steps of this package, without end."""
-    model = AlbertForPreTraining(config).to(device).train()
-    model.load_state_dict(state_dict)
-    objective = MaskedLMObjective(model, torch.zeros(config.vocab_size, device=device), mask_id=4)
-    groups = parameter_groups(model, WEIGHT_DECAY)
-    optimizer = Lamb(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, bias_correction=True, adapt=False)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    step = _steps(AlbertForPreTraining(config).to(device), state_dict)
     moved = [batch.to(device) for batch in batches]
     while True:
         for batch in moved:
             turns.begin()
-            turns.end(_step(objective, optimizer, parameters, batch))
+            turns.end(step(batch))
 
 
-def _step(objective: MaskedLMObjective, optimizer: Lamb, parameters: list[Tensor], batch: Batch) -> Tensor:
-    """What `pretraining.trainer` does with a batch; the loss."""
-    optimizer.zero_grad()
-    sums = objective(batch)
-    loss = (sums.losses / sums.counts[:2].clamp(min=1).float()).sum()
-    loss.backward()
-    parallel.clip(parameters, parallel.gradient_norm(parameters), CLIP)
-    optimizer.step()
-    return loss.detach()
+def _steps(model: AlbertForPreTraining, state_dict: Mapping[str, Tensor]) -> Callable[[Batch], Tensor]:
+    """What `pretraining.trainer` does with a batch, from these weights on; it gives the loss."""
+    model.load_state_dict(state_dict)
+    dtype, device = model.dtype, model.device
+    objective = MaskedLMObjective(model.train(), torch.zeros(model.config.vocab_size, device=device), mask_id=4)
+    groups = parameter_groups(model, WEIGHT_DECAY)
+    optimizer = Lamb(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, bias_correction=True, adapt=False)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step(batch: Batch) -> Tensor:
+        optimizer.zero_grad()
+        sums = objective(batch)
+        loss = (sums.losses / sums.counts[:2].clamp(min=1).to(dtype)).sum()
+        loss.backward()
+        parallel.clip(parameters, parallel.gradient_norm(parameters), CLIP)
+        optimizer.step()
+        return loss.detach()
+
+    return step
 
 
 def train_theirs(

@@ -24,8 +24,9 @@ COLUMNS = ("error", "ms", "tokens/s", "x floor", "speed-up", "peak")
 
 NOTE = (
     "error: relative to float64; who is wrong gets no figure. x floor: time over that of the real tokens' operations\n"
-    "at the best matrix rate, int8's attention at bfloat16's. speed-up: of albert_fast over this row. peak: resident\n"
-    "memory of its process."
+    "at the best matrix rate, int8's attention at bfloat16's, or of what must be moved where that takes longer.\n"
+    "speed-up: of albert_fast over this row. peak: resident memory of its process; in the suites of ops, data, tasks\n"
+    "and scaling what building it and its first call took."
 )
 
 
@@ -42,10 +43,14 @@ def print_report(report: Report, console: Console) -> None:
             table.add_row(*_cells(row))
         console.print(table)
     console.print()
+    reasons: dict[tuple[str, str], list[str]] = {}
     for work in report["works"]:
         for row in work["rows"]:
             if row["reason"] is not None:
-                console.print(f"{row['peer']}, {title(work)}: {row['reason']}", highlight=False, soft_wrap=True)
+                reasons.setdefault((row["peer"], row["reason"]), []).append(title(work))
+    for (peer, reason), (first, *others) in reasons.items():
+        rest = f" and {len(others)} more" if others else ""
+        console.print(f"{peer}, {first}{rest}: {reason}", highlight=False, soft_wrap=True)
     console.print(NOTE, highlight=False, soft_wrap=True)
 
 
@@ -63,7 +68,8 @@ def works_table(works: Mapping[str, dict[str, Any]], columns: Mapping[str, Colum
     for name, work in works.items():
         rows = {row["peer"]: row for row in work["rows"]}
         cells = " | ".join(column(rows) for column in columns.values())
-        lines.append(f"| {name} | {work['floor_milliseconds']:,.1f} ms | {cells} |")
+        floor = "" if work["floor_milliseconds"] is None else f"{work['floor_milliseconds']:,.1f} ms"
+        lines.append(f"| {name} | {floor} | {cells} |")
     return "\n".join(lines)
 
 
@@ -135,9 +141,17 @@ def _served(operations: dict[str, str]) -> str:
 
 
 def title(work: dict[str, Any]) -> str:
+    words = " ".join(filter(None, (work.get("group"), work["dtype"], work["mode"], work["shape"])))
     fill = "" if work["fill"] > 0.999 else f", {work['fill']:.0%} real"
-    labels = f", {work['labelled']} labels" if work["mode"] != "inference" else ""
-    return f"{work['dtype']} {work['mode']} {work['shape']}{fill}{labels}"
+    labels = f", {work['labelled']} labels" if work["mode"] != "inference" and work["labelled"] else ""
+    varied = "".join(f", {name} {value:,}" for name, value in work.get("varied", {}).items())
+    return f"{words}{fill}{labels}{varied}"
+
+
+def _memory(size: int | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -150,11 +164,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["peer"],
         cell(row["error"], "{:.1e}") + (" WRONG" if wrong else ""),
-        cell(row["milliseconds"], "{:,.1f}"),
+        cell(row["milliseconds"], "{:,.1f}" if (row["milliseconds"] or 1.0) >= 1.0 else "{:.3f}"),
         cell(row["tokens_per_second"], "{:,.0f}"),
         cell(row["times_floor"], "{:.2f}"),
         cell(row["speedup"], "{:.2f}x"),
-        cell(None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9, "{:.2f} GB"),
+        _memory(row["peak_bytes"]),
     ]
 
 

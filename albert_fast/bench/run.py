@@ -1,4 +1,7 @@
-"""`albert-fast bench`: for each dtype, mode and shape, every peer in turn, parity first. `pretraining` is a mode."""
+"""`albert-fast bench`: for each dtype, mode and shape, every peer in turn, parity first. `pretraining` is a mode.
+
+With `--suite` the cases are those of `albert_fast.bench.suites`.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,31 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import albert_fast
 from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertForPreTraining
-from albert_fast.bench import parity, pretraining
+from albert_fast.bench import peers, pretraining
 from albert_fast.bench.arguments import CONFIGS, PRETRAINING, Options, Shape, options_from
+from albert_fast.bench.case import run_case
 from albert_fast.bench.checkout import commit_of
-from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
-from albert_fast.bench.formats import FORMATS, Format, name_of
-from albert_fast.bench.peers import PEERS, AlbertFast, serving_backends
+from albert_fast.bench.data import Batch, Text, load_tokenizer, make_batch, read_text
+from albert_fast.bench.formats import FORMATS, name_of
+from albert_fast.bench.peers import serving_backends
+from albert_fast.bench.rates import Rates, floor
 from albert_fast.bench.report import print_report
-from albert_fast.bench.work import Row, Work, time_rows
-from albert_fast.bench.worker import Worker, WorkerError
+from albert_fast.bench.suites import cases_of
+from albert_fast.bench.suites.model import ModelCase, Subject
+from albert_fast.bench.suites.setting import Setting
+from albert_fast.bench.work import Work
 from albert_fast.flops import Operations, flops, matrix_rate
 
 _REPEATS = {"cpu": 3, "cuda": 20}
@@ -39,7 +46,13 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; 1 where a peer of this package computes the wrong thing."""
     options = options_from(args)
     console = Console()
-    report = run(options, console)
+    peers.add_installed()
+    own = [peers.add(plug_in) for plug_in in options.peers]
+    if options.suites:
+        report = run_suites(options, console)
+    else:
+        models = tuple(peer.name for peer in own if issubclass(peer, peers.Peer))
+        report = run(replace(options, compare=(*options.compare, *models)), console)
     print_report(report, console)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
@@ -63,7 +76,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         make = pretraining.make_batches if options.pretrain else make_batch
         batches: dict[Shape, Any] = {shape: make(tokenizer, text, shape) for shape in options.shapes}
         _check_lengths(config, options.shapes)
-        commit = commit_of(Path(albert_fast.__file__).parent)
+        about = _about(options, text, config)
         works: list[tuple[Work, Operations]] = []
         rates: dict[torch.dtype, float] = {}
         backends = {}
@@ -85,25 +98,69 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         for row in work.rows:
             row.times_floor = None if row.milliseconds is None else row.milliseconds / work.floor_milliseconds
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "machine": machine(device),
-        "versions": versions(),
-        "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
-        "text": {"source": text.source, "sha256": text.sha256},
-        "config": config.to_dict(),
+        **about,
         "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in rates.items()},
         "backends": backends,
         "works": [asdict(work) for work, _ in works],
     }
 
 
-def floor(operations: Operations, numbers: Format, rates: Mapping[torch.dtype, float]) -> float:
-    """Seconds that the operations need at least, at the matrix rate of the numbers that they are done in.
+def run_suites(options: Options, console: Console) -> dict[str, Any]:
+    """The same report of suites, a `Work` for each case."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is 'cuda' and torch finds no GPU here; cpu was expected")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    setting = Setting(options.quick, device, options.text, options.vocab)
+    cases = cases_of(options.suites, setting, options.only)
+    about = _about(options, setting.read, setting.config)
+    rates, works = Rates(device), []
+    repeats = options.repeats or _REPEATS[device.type]
+    with _progress(console, len(cases)) as say:
+        for number, case in enumerate(cases, start=1):
+            title = f"{case.suite} {number}/{len(cases)}: {case.name}"
+            work = run_case(case, repeats, lambda text, title=title: say(f"{title}: {text}"))  # type: ignore[misc]
+            works.append(work)
+            # Products again at a suite's end: a machine that others use shows its best rate at times only.
+            rates.probe(work, again=number == len(cases) or cases[number].suite != case.suite)
+            say(f"{title}: {_summary(work)}", done=number)
+    for work in works:
+        work.floor_milliseconds = rates.floor_milliseconds(work)
+        for row in work.rows:
+            if row.milliseconds is not None and work.floor_milliseconds is not None:
+                row.times_floor = row.milliseconds / work.floor_milliseconds
+    products = rates.products.get(torch.get_num_threads(), {})
+    dtypes = dict.fromkeys(work.dtype for work in works if work.dtype in FORMATS)
+    return {
+        **about,
+        "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in products.items()},
+        "copy_gbytes": {f"{size} bytes, {n} threads": rate / 1e9 for (n, size), rate in rates.copies.items()},
+        "backends": {dtype: serving_backends(setting.config, device, FORMATS[dtype].activations) for dtype in dtypes},
+        "works": [asdict(work) for work in works],
+    }
 
-    In int8 only the products with weights are: attention counts at bfloat16's rate.
-    """
-    return operations.products / rates[numbers.products] + operations.attention / rates[numbers.attention]
+
+def _summary(work: Work) -> str:
+    """A case in one line: who took how long, who is wrong, and who is absent."""
+    parts = []
+    for row in work.rows:
+        said = {None: "-", False: "WRONG"}.get(row.passed, f"{row.milliseconds or 0.0:.3g} ms")
+        parts.append(f"{row.peer} {said}")
+    return ", ".join(parts)
+
+
+def _about(options: Options, text: Text, config: AlbertConfig) -> dict[str, Any]:
+    """What was measured, and where."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_of(Path(albert_fast.__file__).parent),
+        "machine": machine(torch.device(options.device)),
+        "versions": versions(),
+        "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
+        "text": {"source": text.source, "sha256": text.sha256},
+        "config": config.to_dict(),
+    }
 
 
 def _pretrain(
@@ -137,39 +194,20 @@ def _compute(
     say: Callable[[str], None],
 ) -> tuple[Work, Operations]:
     """One batch through every peer's model."""
-    operations = flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
-    work = _new_work(shape, mode, dtype, operations, batch.tokens, batch.fill, batch.labelled)
-    device = batch.input_ids.device
-    with contextlib.ExitStack() as stack:
-        # The processes begin while the oracle is computed.
-        workers: dict[str, Worker] = {}
-        for name in options.compare:
-            row = Row(name, reason=PEERS[name]().refuses(work.mode, work.dtype, device.type))
-            work.rows.append(row)
-            if row.reason is None:
-                workers[name] = Worker(name, config, state_dict, batch, work.mode, work.dtype)
-                stack.callback(workers[name].close)
-        say(f"{work.title}: the oracle, in float64")
-        expected = parity.oracle(config, state_dict, batch, work.mode)
-        ours, theirs = parity.limits(config, state_dict, batch, work.mode, work.dtype, expected)
-        for row in work.rows:
-            if row.peer not in workers:
-                continue
-            say(f"{work.title}: parity of {row.peer}")
-            row.limit = ours if issubclass(PEERS[row.peer], AlbertFast) else theirs
-            try:
-                row.error = parity.error(workers[row.peer].results(), expected)
-                row.passed = row.error <= row.limit
-                if not row.passed:
-                    row.reason = f"wrong: its error is {row.error:.1e}, and at most {row.limit:.1e} was expected"
-            except WorkerError as error:
-                row.passed, row.reason = False, str(error)
-            if not row.passed:
-                workers.pop(row.peer).close()
-        del expected
-
-        time_rows(work, workers, options.repeats or _REPEATS[device.type], say)
-    return work, operations
+    case = ModelCase(
+        suite="",
+        group="",
+        mode=mode,
+        dtype=dtype,
+        shape=str(shape),
+        peers=options.compare,
+        device=batch.input_ids.device,
+        make=lambda: Subject(config, state_dict, batch),
+    )
+    work = run_case(
+        case, options.repeats or _REPEATS[case.device.type], lambda text: say(f"{dtype} {mode} {shape}: {text}")
+    )
+    return work, flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
 
 
 def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
@@ -252,19 +290,21 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """Shows one line of what is going on; on a terminal it is the same line, otherwise each is printed once."""
+def _progress(console: Console, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows one line of what is going on, and how many of `total` are done. On a terminal it is the same line;
+    otherwise each is printed once, of those that are counted only what came of them."""
     if not console.is_terminal:
         seen = set()
 
-        def print_once(text: str) -> None:
-            if text not in seen:
+        def print_once(text: str, done: int | None = None) -> None:
+            if text not in seen and (total is None or done is not None):
                 seen.add(text)
-                console.print(text, highlight=False)
+                console.print(text, highlight=False, soft_wrap=total is not None)
 
         yield print_once
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = (BarColumn(), MofNCompleteColumn()) if total is not None else ()
+    columns = (SpinnerColumn(), *bar, TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda text: progress.update(task, description=text)
+        task = progress.add_task("", total=total)
+        yield lambda text, done=None: progress.update(task, description=text, completed=done)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from albert_fast.bench.worker import Process, interleave, median
+from albert_fast.bench.worker import Contender, interleave, median
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Row:
         milliseconds: median of the timed calls, `all_milliseconds`.
         speedup: how many times as fast albert_fast is in the same run; above 1 where it is faster.
         times_floor: milliseconds over the floor's.
-        peak_bytes: most memory that its process held, or allocated on the GPU.
+        peak_bytes: most memory that its process held, or allocated on the GPU; where all peers are in one process, what
+            building it and its first call took beyond what lay there before.
     """
 
     peer: str
@@ -40,7 +42,12 @@ class Work:
 
     Attributes:
         gflop: operations that the real tokens need, `attention_gflop` of them products of activations.
-        floor_milliseconds: of them, at the rates of the whole run.
+        floor_milliseconds: of them, at the rates of the whole run, or of the megabytes where those take longer; None
+            where neither is known.
+        suite, group: of `albert-fast bench --suite`: where it stands, such as "ops" and "attention".
+        varied: what that suite changes from one piece of work to the next, such as {"length": 512}.
+        megabytes: that must be moved at least.
+        threads: of the CPU; None: as many as the whole run has.
     """
 
     mode: str
@@ -53,13 +60,18 @@ class Work:
     attention_gflop: float
     floor_milliseconds: float | None
     rows: list[Row]
+    suite: str = ""
+    group: str = ""
+    varied: dict[str, Any] = field(default_factory=dict)
+    megabytes: float = 0.0
+    threads: int | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.dtype} {self.mode} {self.shape}"
+        return " ".join(filter(None, (self.group, self.dtype, self.mode, self.shape)))
 
 
-def time_rows(work: Work, workers: Mapping[str, Process], repeats: int, say: Callable[[str], None]) -> None:
+def time_rows(work: Work, workers: Mapping[str, Contender], repeats: int, say: Callable[[str], None]) -> None:
     """Times the peers that have a worker, in turn, and fills in the figures of their rows."""
     seconds = interleave(workers, repeats, lambda name: say(f"{work.title}: timing {name}"))
     fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None

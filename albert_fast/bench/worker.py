@@ -19,16 +19,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from albert_fast.bench import peers
 from albert_fast.bench.data import Batch
 from albert_fast.bench.parity import Results, results
 from albert_fast.bench.peers import PEERS, call
 from albert_fast.config import AlbertConfig
 from albert_fast.memory import peak_resident_bytes
+
+CPU = torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
@@ -40,6 +43,23 @@ class WorkerError(RuntimeError):
     """A peer's process failed; with the last line that it wrote."""
 
 
+class Contender(Protocol):
+    """A peer that is ready for one piece of work."""
+
+    def results(self) -> Results:
+        """What the work gives, for the parity check; builds the peer first, which warms it up."""
+
+    def call(self) -> object:
+        """Does the work once."""
+
+    def seconds(self) -> float:
+        """The time of doing it once, in a turn of its own (`time_call`)."""
+
+    def peak_bytes(self) -> int | None: ...
+
+    def close(self) -> None: ...
+
+
 class Process:
     """A process that has built a peer and waits for orders.
 
@@ -49,7 +69,8 @@ class Process:
     def __init__(self, peer: str, module: str, request: Mapping[str, Any]) -> None:
         self.peer = peer
         self._directory = tempfile.TemporaryDirectory()
-        torch.save({**request, "peer": peer, "threads": torch.get_num_threads()}, self._file("request.pt"))
+        known = {"peer": peer, "plug_ins": peers.PLUG_INS, "threads": torch.get_num_threads()}
+        torch.save({**request, **known}, self._file("request.pt"))
         self._errors = open(self._file("errors"), "w+")  # noqa: SIM115
         command = [sys.executable, "-m", module, self._directory.name]
         pipe = subprocess.PIPE
@@ -73,6 +94,10 @@ class Process:
             last = (self._errors.read().strip().splitlines() or [f"exit status {self._process.returncode}"])[-1]
             raise WorkerError(f"{self.peer} failed: {last}")
         return json.loads(answer)
+
+    def call(self) -> None:
+        """One call, which nobody times here."""
+        self._ask("once")
 
     def seconds(self) -> float:
         """The time of one call (`time_call`)."""
@@ -114,7 +139,7 @@ class Worker(Process):
 
 
 def interleave(
-    workers: Mapping[str, Process], repeats: int, progress: Callable[[str], None] = lambda name: None
+    workers: Mapping[str, Contender], repeats: int, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[float]]:
     """Seconds of each worker's call, `repeats` of them by name. Their results were asked for before: that warmed up."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -136,7 +161,7 @@ def median(seconds: list[float]) -> float:
 TURN = 0.5
 
 
-def time_call(function: Callable[[], object], device: torch.device) -> float:
+def time_call(function: Callable[[], object], device: torch.device, turn: float = TURN) -> float:
     """Seconds of one call. A short one is repeated, and the median without the first counts: since this process's last
     turn the others had the cores and their caches."""
 
@@ -147,8 +172,8 @@ def time_call(function: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         return time.perf_counter() - start
 
-    first, end = once(), time.perf_counter() + TURN
-    if first > TURN:
+    first, end = once(), time.perf_counter() + turn
+    if first > turn:
         return first
     repeated = [once()]
     while time.perf_counter() < end:
@@ -163,6 +188,8 @@ def read_request(directory: str) -> tuple[dict[str, Any], Callable[[object], Non
     os.dup2(2, 1)
     request = torch.load(Path(directory) / "request.pt", weights_only=True)
     torch.set_num_threads(request["threads"])
+    for plug_in in request["plug_ins"]:
+        peers.add(plug_in)
 
     def answer(value: object) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -181,12 +208,16 @@ def main(directory: str) -> None:
     device = batch.input_ids.device
     peer = PEERS[request["peer"]]()
     peer.build(AlbertConfig.from_dict(request["config"]), request.pop("state_dict"), request["dtype"], device, batch)
-    for order in sys.stdin:
-        if order == "results\n":
+    for order in map(str.strip, sys.stdin):
+        if order == "results":
             torch.save(results(peer, batch, mode), Path(directory) / "results.pt")
             answer(None)
+        elif order == "once":
+            call(peer, batch, mode)
+            synchronize(device)
+            answer(None)
         else:
-            answer(time_call(lambda: call(peer, batch, mode), device) if order == "call\n" else peak_bytes(device))
+            answer(time_call(lambda: call(peer, batch, mode), device) if order == "call" else peak_bytes(device))
 
 
 if __name__ == "__main__":

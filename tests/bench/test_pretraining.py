@@ -178,7 +178,7 @@ def test_who_is_wrong_gets_no_figure(losses, says, state, batches, monkeypatch):
             pass
 
     monkeypatch.setattr(pretraining, "Trained", Fixed)
-    monkeypatch.setattr(pretraining, "_refuses", lambda peer: None)
+    monkeypatch.setattr(pretraining, "refuses", lambda peer: None)
     monkeypatch.setattr(pretraining, "oracle", lambda *rest: 8.0)
     work = new_work()
     pretraining.compare(work, CONFIG, state, batches[SHAPES[0]], CPU, 1)
@@ -262,7 +262,7 @@ def test_floors_are_of_one_step(tmp_path, tokenizer, text, monkeypatch):
     batch = pretraining.make_batches(tokenizer, text, SHAPES[1])[0]
     monkeypatch.setattr(pretraining, "make_batches", lambda *rest: [batch, batch])
     monkeypatch.setattr(pretraining, "Trained", Here)
-    monkeypatch.setattr(pretraining, "_refuses", lambda peer: "absent" if peer == THEIRS else None)
+    monkeypatch.setattr(pretraining, "refuses", lambda peer: "absent" if peer == THEIRS else None)
     parser = argparse.ArgumentParser()
     add_to(parser)
     options = options_from(

@@ -74,6 +74,7 @@ NOT_MEASURED = {
         "2 to 5 digits",
     ),
     "a setting": (
+        "more than 12 % above",
         "the preset's are 3000",
         "at a confidence of 0.8",
         "at a confidence of 0.6",

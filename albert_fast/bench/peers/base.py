@@ -15,31 +15,37 @@ from albert_fast.bench.formats import FORMATS, Format
 from albert_fast.config import AlbertConfig
 
 
+def missing(packages: tuple[str, ...], install: str) -> str | None:
+    """Which of them cannot be imported, in one line that says how to mend it."""
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(absent)} not installed: pip install {install}" if absent else None
+
+
 class Peer(ABC):
     """One implementation of a masked language model whose parameters have transformers' names.
 
     Attributes:
         name: in the table and in the report.
-        packages: what must be importable.
+        packages: what must be importable; `install` is what pip is to be given for it.
         modes, dtypes, devices: what it can be asked for. "int8" is for weights and activations of the encoder's
             products, all else in float32; "autocast" for float32 weights under torch.autocast to bfloat16.
     """
 
     name: str
     packages: tuple[str, ...] = ()
+    install: str = "'albert_fast[peers]'"
     modes: tuple[str, ...] = ("inference", "training")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def refuses(self, mode: str, dtype: str, device: str) -> str | None:
         """Why it has no part in such work here, in one line; None where it has."""
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        if missing:
-            return f"{' and '.join(missing)} not installed: pip install 'albert_fast[peers]'"
-        for asked, known in ((mode, self.modes), (dtype, self.dtypes), (device, self.devices)):
+        for asked, known in ((device, self.devices), (mode, self.modes), (dtype, self.dtypes)):
             if asked not in known:
                 return f"it has {', '.join(known)}, not {asked}"
-        return "int8 is for inference" if (mode, dtype) == ("training", "int8") else None
+        if (mode, dtype) == ("training", "int8"):
+            return "int8 is for inference"
+        return missing(self.packages, self.install)
 
     @abstractmethod
     def build(

@@ -1,7 +1,8 @@
-"""transformers' AlbertForMaskedLM: with each of its implementations of attention, compiled, and accelerated."""
+"""transformers' AlbertForMaskedLM: with each of its attentions, in int8, compiled, and accelerated."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ from albert_fast.config import AlbertConfig
 
 
 class Transformers(TorchPeer):
-    packages = ("transformers",)
+    packages: tuple[str, ...] = ("transformers",)
     attention: str
 
     def module(self, config: AlbertConfig) -> torch.nn.Module:
@@ -33,6 +34,40 @@ class TransformersEager(Transformers):
 class TransformersSdpa(Transformers):
     name = "transformers-sdpa"
     attention = "sdpa"
+
+
+class TransformersFlash(Transformers):
+    """With flash-attn's kernels, which are for GPUs and 16 bits."""
+
+    name = "transformers-flash"
+    attention = "flash_attention_2"
+    packages = ("transformers", "flash_attn")
+    install = "flash-attn"
+    dtypes = ("bfloat16", "float16", "autocast")
+    devices = ("cuda",)
+
+
+class TransformersInt8(TransformersSdpa):
+    """PyTorch's dynamic int8: its linear layers quantized, a weight's columns each with a scale of its own.
+
+    The shared layer's are quantized once, and serve every pass, as the module does.
+    """
+
+    name = "transformers-int8"
+    modes = ("inference",)
+    dtypes = ("int8",)
+    devices = ("cpu",)
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        from torch.ao import quantization
+
+        super().build(config, state_dict, "float32", device, batch)
+        how = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torchao will have it one day
+            self.model.albert = quantization.quantize_dynamic(self.model.albert.eval(), how)
 
 
 class TransformersCompile(TransformersSdpa):

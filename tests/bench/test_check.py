@@ -1,0 +1,131 @@
+"""`make bench-check`: unchanged code passes, a delay of a fifth in one operation does not."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from albert_fast import backends
+from albert_fast.bench import check
+from albert_fast.bench.check import BAND, Finding
+
+# Short, for a test; the command takes more turns.
+TURNS = 15
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    if check.backends.CPU.unavailable() is not None or check.native.load() is not None:
+        pytest.skip("no CPU kernels here")
+    wanted = ("attention-inference", "masked_lm_loss-inference", "model-inference")
+    return [case for case in check.cases() if case.name.startswith(wanted)]
+
+
+def seconds_of(case) -> float:
+    """The fastest of many calls of this package."""
+    with case.with_threads():
+        contender = case.open(check.OURS)
+        contender.results()
+        times = []
+        for _ in range(200):
+            begin = time.perf_counter()
+            contender.call()
+            times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def delayed(name: str, seconds: float) -> list[backends.Backend]:
+    """The backends, with the `cpu` one's implementation of `name` slower by that much."""
+
+    def slow(function):
+        def run(*arguments):
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:  # time.sleep would sleep for longer
+                pass
+            return function(*arguments)
+
+        return run
+
+    def load():
+        functions = dict(backends.CPU.load())
+        return {**functions, name: slow(functions[name])}
+
+    return [replace(backends.CPU, load=load), *(b for b in backends.BACKENDS if b is not backends.CPU)]
+
+
+def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, monkeypatch, unpoisoned_memory):
+    expected = check.measure(chosen, TURNS)
+    assert expected.keys() == {case.name for case in chosen}
+    assert all(0.01 < ratio < 100.0 for ratio in expected.values())
+    for _ in range(2):
+        assert not [finding for finding in check.check(chosen, expected, TURNS) if finding.failed]
+    monkeypatch.setattr(backends, "BACKENDS", delayed("attention", 0.2 * seconds_of(chosen[0])))
+    failed = [finding for finding in check.check(chosen, expected, TURNS) if finding.failed]
+    assert [finding.case for finding in failed] == [chosen[0].name]
+    assert len(failed[0].ratios) == check.ATTEMPTS
+
+
+def test_who_is_wrong_fails_whatever_the_ratio(chosen, monkeypatch):
+    def broken():
+        functions = dict(backends.CPU.load())
+        right = functions["masked_lm_loss"]
+        return {**functions, "masked_lm_loss": lambda *arguments: (right(*arguments)[0] * 1.01, *right(*arguments)[1:])}
+
+    monkeypatch.setattr(backends, "BACKENDS", [replace(backends.CPU, load=broken), backends.REFERENCE])
+    (case,) = (case for case in chosen if case.group == "masked_lm_loss")
+    (finding,) = check.check([case], {case.name: 1e9}, 1)
+    assert finding.failed
+    assert "wrong" in finding.wrong
+    with pytest.raises(check.WrongError, match="wrong"):
+        check.measure([case], 1)
+
+
+def test_only_what_is_slower_each_time_is_a_regression(chosen, monkeypatch):
+    slow, fast = 1.0 + 1.5 * BAND, 1.0 + 0.5 * BAND
+    ratios = iter([slow, slow, 1.0, slow, fast, slow])
+    monkeypatch.setattr(check, "attempt", lambda case, turns: next(ratios))
+    named = {case.name: 1.0 for case in chosen}
+    findings = check.check(chosen, named)
+    assert [finding.ratios for finding in findings] == [(slow, slow, slow), (slow, fast), (1.0,)]
+    assert [finding.failed for finding in findings] == [True, False, False]
+    assert findings[0].change == pytest.approx(1.5 * BAND)
+
+
+def test_a_case_that_nobody_has_committed_is_no_regression():
+    finding = Finding("new", (5.0,), None)
+    assert finding.change is None
+    assert not finding.failed
+
+
+def test_the_command(chosen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "cases", lambda: chosen)
+    ratios = iter([0.5] * (3 * len(chosen)))
+    monkeypatch.setattr(check, "attempt", lambda case, turns: next(ratios))
+    file = tmp_path / "ratios.json"
+    arguments = ["--expected", str(file)]
+    file.write_text(json.dumps({"avx9 on an abacus": {"ratios": {}}}))
+    assert check.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "no ratios of this kind of machine" in said
+    assert "avx9 on an abacus" in said
+    assert "--write" in said
+    assert check.main([*arguments, "--write"]) == 0
+    kind = check.kind_of_machine()
+    written = json.loads(file.read_text())
+    assert written.keys() == {"avx9 on an abacus", kind}
+    assert written[kind]["ratios"] == {case.name: 0.5 for case in chosen}
+    for ratio, status, says in ((0.5, 0, "none slower"), (0.57, 1, "3 of 3 cases failed"), (0.3, 0, "none slower")):
+        monkeypatch.setattr(check, "attempt", lambda case, turns, ratio=ratio: ratio)
+        assert check.main(arguments) == status
+        assert says in capsys.readouterr().out
+    assert check.main([*arguments, "--only", "nothing"]) == 2
+    assert "--only is 'nothing'" in capsys.readouterr().err
+
+
+def test_the_committed_ratios_are_of_these_cases(request):
+    """A case that is renamed, or added, is not forgotten there."""
+    file = request.config.rootpath / check.EXPECTED
+    names = {case.name for case in check.cases()}
+    for kind, known in json.loads(file.read_text()).items():
+        assert known["ratios"].keys() == names, kind
