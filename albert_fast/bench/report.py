@@ -28,9 +28,9 @@ NOTE = (
 
 def print_report(report: Report, console: Console) -> None:
     """One table: a section for each piece of work, a line for each peer."""
-    console.print(_headline(report), highlight=False, soft_wrap=True)
+    console.print(headline(report), highlight=False, soft_wrap=True)
     for work in report["works"]:
-        console.print(f"\n[bold]{_title(work)}[/]", highlight=False)
+        console.print(f"\n[bold]{title(work)}[/]", highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
         table.add_column("", no_wrap=True, min_width=max(len(row["peer"]) for row in work["rows"]))
         for name in COLUMNS:
@@ -42,7 +42,7 @@ def print_report(report: Report, console: Console) -> None:
     for work in report["works"]:
         for row in work["rows"]:
             if row["reason"] is not None:
-                console.print(f"{row['peer']}, {_title(work)}: {row['reason']}", highlight=False, soft_wrap=True)
+                console.print(f"{row['peer']}, {title(work)}: {row['reason']}", highlight=False, soft_wrap=True)
     console.print(NOTE, highlight=False, soft_wrap=True)
 
 
@@ -53,8 +53,8 @@ def markdown(report: Report) -> str:
     for work in report["works"]:
         rows = {row["peer"]: row for row in work["rows"]}
         cells = [_summary(rows[peer]) if peer in rows else "" for peer in peers]
-        lines.append(f"| {_title(work)} | {work['floor_milliseconds']:,.1f} ms | {' | '.join(cells)} |")
-    return "\n".join([_headline(report), "", *lines])
+        lines.append(f"| {title(work)} | {work['floor_milliseconds']:,.1f} ms | {' | '.join(cells)} |")
+    return "\n".join([headline(report), "", *lines])
 
 
 def _summary(row: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def _summary(row: dict[str, Any]) -> str:
     return f"{milliseconds} ms, {times_floor}, {error}, {peak}"
 
 
-def _headline(report: Report) -> str:
+def headline(report: Report) -> str:
     machine, versions, config = report["machine"], report["versions"], report["config"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -88,7 +88,7 @@ def _served(operations: dict[str, str]) -> str:
     return ", ".join(f"{name} ({', '.join(o for o, b in operations.items() if b == name)})" for name in names)
 
 
-def _title(work: dict[str, Any]) -> str:
+def title(work: dict[str, Any]) -> str:
     fill = "" if work["fill"] > 0.999 else f", {work['fill']:.0%} real"
     labels = f", {work['labelled']} labels" if work["mode"] != "inference" else ""
     return f"{work['dtype']} {work['mode']} {work['shape']}{fill}{labels}"

@@ -55,14 +55,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with _progress(console) as say:
+    with show_progress(console) as say:
         say("reading the text, and training a vocabulary on it if there is none yet")
         text = read_text(options.text)
-        tokenizer = load_tokenizer(options.vocab or _vocabulary_of(options), text)
-        config, state_dict = _model(options, len(tokenizer))
+        tokenizer = load_tokenizer(options.vocab or vocabulary_of(options), text)
+        config, state_dict = make_model(options, len(tokenizer))
         make = pretraining.make_batches if options.pretrain else make_batch
         batches: dict[Shape, Any] = {shape: make(tokenizer, text, shape) for shape in options.shapes}
-        _check_lengths(config, options.shapes)
+        check_lengths(config, options.shapes)
         commit = commit_of(Path(albert_fast.__file__).parent)
         works: list[tuple[Work, Operations]] = []
         rates: dict[torch.dtype, float] = {}
@@ -71,14 +71,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             backends[dtype] = serving_backends(config, device, FORMATS[dtype].activations)
             modes = options.modes if dtype != "int8" else ("inference",)
             # Before and after each work: what follows one precedes the next.
-            _probe(dtype, device, rates, say)
+            probe(dtype, device, rates, say)
             for mode, (shape, batch) in itertools.product(modes, batches.items()):
                 if mode == PRETRAINING:
                     work, operations = _pretrain(options, config, state_dict, batch, shape, say)
                 else:
                     work, operations = _compute(options, config, state_dict, batch.to(device), shape, mode, dtype, say)
                 works.append((work, operations))
-                _probe(dtype, device, rates, say)
+                probe(dtype, device, rates, say)
     for work, operations in works:
         # The best rates of the whole run: a machine that others use shows them at times only.
         work.floor_milliseconds = floor(operations, FORMATS[work.dtype], rates) * 1e3
@@ -87,8 +87,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
-        "machine": _machine(device),
-        "versions": _versions(),
+        "machine": machine_of(device),
+        "versions": versions_here(),
         "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
         "text": {"source": text.source, "sha256": text.sha256},
         "config": config.to_dict(),
@@ -172,7 +172,7 @@ def _compute(
     return work, operations
 
 
-def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
+def probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
     """Raises `rates` to what is seen now, for each kind of numbers that `dtype` computes with."""
     say(f"{dtype}: how fast this machine multiplies matrices")
     for numbers in dict.fromkeys((FORMATS[dtype].products, FORMATS[dtype].attention)):
@@ -186,7 +186,7 @@ def _new_work(
     return Work(mode, dtype, str(shape), tokens, fill, labelled, gflop, attention_gflop, None, [])
 
 
-def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
+def make_model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
     """The configuration, without dropout (masks that are drawn differently have no parity), and weights."""
     kind: Any = AlbertForPreTraining if options.pretrain else AlbertForMaskedLM
     if options.model is not None:
@@ -212,7 +212,7 @@ def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, T
     return config, model.state_dict()
 
 
-def _vocabulary_of(options: Options) -> str | None:
+def vocabulary_of(options: Options) -> str | None:
     """--model's own directory, where it holds a vocabulary."""
     if options.model is None:
         return None
@@ -220,7 +220,7 @@ def _vocabulary_of(options: Options) -> str | None:
     return options.model if any((Path(options.model) / name).is_file() for name in names) else None
 
 
-def _check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
+def check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
     longest = max(shape.length for shape in shapes)
     if longest > config.max_position_embeddings:
         raise ValueError(
@@ -229,7 +229,7 @@ def _check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
         )
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_of(device: torch.device) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -240,7 +240,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     versions = {"albert_fast": albert_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
     with contextlib.suppress(ImportError):
         import transformers
@@ -250,7 +250,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+def show_progress(console: Console) -> Iterator[Callable[[str], None]]:
     """Shows one line of what is going on; on a terminal it is the same line, otherwise each is printed once."""
     if not console.is_terminal:
         seen = set()
