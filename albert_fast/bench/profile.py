@@ -52,8 +52,8 @@ from albert_fast.flops import Operations, flops
 _LEAST_SHARE = 0.01
 
 NOTE = (
-    "GFLOP: what the real tokens need, and the floor is that at the best matrix rate; of a part: what it did. overhead:\n"
-    "the step without the profiler, less all else: Python and PyTorch between the operators, or an idle GPU."
+    "GFLOP: what the real tokens need (of a part: what it did); the floor is that at the best matrix rate. overhead: the\n"
+    "step without the profiler, less all above: Python and PyTorch between the operators, or an idle GPU."
 )
 
 
