@@ -50,10 +50,12 @@ from albert_fast.flops import Operations, flops
 
 # A kind's parts that take less than this of the step are not printed.
 _LEAST_SHARE = 0.01
+# What fits into 80 columns beside the figures.
+_NAME_WIDTH = 32
 
 NOTE = (
-    "GFLOP: what the real tokens need (of a part: what it did); the floor is that at the best matrix rate. overhead: the\n"
-    "step without the profiler, less all above: Python and PyTorch between the operators, or an idle GPU."
+    "GFLOP: what the real tokens need; of a part: what it did. The floor is that at the best matrix rate. overhead:\n"
+    "the step without the profiler, less all above: Python and PyTorch between the operators, or an idle GPU."
 )
 
 
@@ -280,15 +282,21 @@ def print_profile(report: dict[str, Any], console: Console) -> None:
     )
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
-    for name in ("ms", "share", "GFLOP", "GFLOP/s", "floor ms", "x floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("ms", "share", "GFLOP", "GFLOP/s", "floor", "x floor"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=7)
     for row in report["rows"]:
         table.add_row(*_cells(row), style="bold" if row["name"] == "step" else None)
         for part in row["parts"]:
             if part["share"] >= _LEAST_SHARE:
-                table.add_row(*_cells({**part, "name": f"  {part['calls']} x {part['name']}"}), style="dim")
+                name = f"  {part['calls']} x {part['name']}"
+                name = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"
+                table.add_row(*_cells({**part, "name": name}), style="dim")
     console.print(table)
     console.print(NOTE, highlight=False, soft_wrap=True)
+    if report["rows"][-2]["milliseconds"] < 0:
+        console.print(
+            "It is below 0: something else slowed the profiled steps down. Try again when the machine is quiet."
+        )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
