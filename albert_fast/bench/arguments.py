@@ -104,7 +104,12 @@ def add_profile_to(parser: argparse.ArgumentParser) -> None:
         "cpu, cuda, triton or reference (default: as the package chooses)",
         metavar="NAME",
     )
-    _add(parser, "--steps", "profiled steps, of which the middle one is shown (default: %(default)s)", metavar="N")
+    _add(
+        parser,
+        "--steps",
+        "steps, plain and profiled in turn; the middle ones count (default: %(default)s)",
+        metavar="N",
+    )
     text = "the trace to write, which chrome://tracing and Perfetto show"
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=text)
     nothing = {"compare": _joined(DEFAULTS.compare), "repeats": None, "pretrain": False}

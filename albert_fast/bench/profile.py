@@ -1,9 +1,9 @@
 """`albert-fast profile`: where the time of a step goes, as a Chrome trace and as a table with the floor.
 
-The same step is timed as it is and under PyTorch's profiler (half of the plain steps before it, half after), with the
-recorder of the native steps (albert_fast/trace.py). Of the profiled steps the middle one is shown. What its operators
-took, or on a GPU its kernels, is products, attention, loss and rest; overhead is what the plain step takes beyond that:
-Python, PyTorch's dispatch and autograd, on a GPU the time when nothing runs there.
+The same step is timed in turn as it is and under PyTorch's profiler, with the recorder of the native steps
+(albert_fast/trace.py). Of the profiled steps the middle one is shown. What its operators took, or on a GPU its kernels,
+is products, attention, loss and rest; overhead is what the plain step takes beyond that: Python, PyTorch's dispatch and
+autograd, on a GPU the time when nothing runs there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from albert_fast.bench.run import (
     versions_here,
     vocabulary_of,
 )
-from albert_fast.bench.timeline import ATTENTION, ENCODER, KINDS, LOSS, OVERHEAD, PRODUCTS, Part
+from albert_fast.bench.timeline import ATTENTION, ENCODER, KINDS, LOSS, OVERHEAD, PRODUCTS, Part, Slice
 from albert_fast.bench.worker import median, synchronize
 from albert_fast.flops import Operations, flops
 
@@ -102,7 +102,11 @@ def run(options: ProfileOptions, console: Console) -> tuple[dict[str, Any], dict
     needed = needed_operations(config, batch, mode)
     numbers = FORMATS[dtype]
     floors = {kind: floor(operations, numbers, rates) for kind, operations in needed.items()}
-    step, parts = middle_step(measured.trace["traceEvents"], device, config.vocab_size)
+    step, events = measured.middle()
+    if device.type == "cuda":
+        parts = timeline.parts_on_gpu(events["traceEvents"], step, config.vocab_size)
+    else:
+        parts = timeline.parts_on_cpu(step, config.vocab_size)
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_of(Path(albert_fast.__file__).parent),
@@ -122,10 +126,10 @@ def run(options: ProfileOptions, console: Console) -> tuple[dict[str, Any], dict
         },
         "milliseconds": median(measured.seconds) * 1e3,
         "all_milliseconds": [seconds * 1e3 for seconds in measured.seconds],
-        "profiled_milliseconds": step,
+        "profiled_milliseconds": step.duration / 1e6,
         "rows": table_rows(parts, median(measured.seconds) * 1e3, needed, floors),
     }
-    return report, measured.trace
+    return report, events
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -133,51 +137,52 @@ def run(options: ProfileOptions, console: Console) -> tuple[dict[str, Any], dict
 
 @dataclass
 class Measured:
-    """Seconds of each plain step, and the Chrome trace of the profiled ones."""
+    """Plain steps and profiled ones, taken in turn.
+
+    Attributes:
+        seconds: of each plain step.
+        traces: the Chrome trace of each profiled one, the shortest first.
+    """
 
     seconds: list[float]
-    trace: dict[str, Any]
+    traces: list[dict[str, Any]]
+
+    def middle(self) -> tuple[Slice, dict[str, Any]]:
+        """The middle one of the profiled steps, and its trace."""
+        trace = self.traces[(len(self.traces) - 1) // 2]
+        return timeline.step(trace["traceEvents"]), trace
 
 
 def measure(function: Callable[[], object], device: torch.device, steps: int, say: Callable[[str], None]) -> Measured:
-    """The plain steps, at least as many as the profiled ones, and those."""
-    say("the step as it is")
-    for _ in range(2):  # prepares weights, compiles kernels
-        function()
-    before = _time(function, device, (steps + 1) // 2)
-    say("the step under the profiler")
-    events = profile(function, device, steps)
-    say("the step as it is")
-    return Measured(before + _time(function, device, (steps + 1) // 2), events)
-
-
-def _time(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    seconds = []
-    for _ in range(calls):
+    """So many steps of each kind, in turn: a machine whose speed drifts is as slow for the one as for the other."""
+    say("the step as it is and under the profiler, in turn")
+    for _ in range(2):
+        function()  # prepares weights, compiles kernels
+    profile(function, device)  # the profiler's own beginning takes a while
+    seconds, traces = [], []
+    for _ in range(steps):
         synchronize(device)
         start = time.perf_counter()
         function()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return seconds
+        traces.append(profile(function, device))
+    return Measured(seconds, sorted(traces, key=lambda trace: timeline.step(trace["traceEvents"]).duration))
 
 
-def profile(function: Callable[[], object], device: torch.device, steps: int) -> dict[str, Any]:
-    """The Chrome trace of the steps, with the native steps inside them."""
+def profile(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The Chrome trace of a step, with the native steps inside it."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=activities):
-        function()  # the profiler's own beginning takes a while
-    synchronize(device)
     spans: list[trace.Span] = []
+    synchronize(device)
     first = _clocks()
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             spans = stack.enter_context(trace.record())
         profiler = stack.enter_context(torch.profiler.profile(activities=activities, record_shapes=True))
-        for _ in range(steps):
-            with record_function(timeline.STEP):
-                function()
-                synchronize(device)
+        with record_function(timeline.STEP):
+            function()
+            synchronize(device)
     last = _clocks()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "trace.json"
@@ -204,17 +209,6 @@ def _clocks() -> tuple[int, int]:
 
     waited, before, unix = min(both() for _ in range(20))
     return before + waited // 2, unix
-
-
-def middle_step(events: list[dict[str, Any]], device: torch.device, vocabulary: int) -> tuple[float, list[Part]]:
-    """Milliseconds of the middle one of the profiled steps, and what they went for."""
-    steps = sorted(timeline.steps(events), key=lambda step: step.end - step.begin)
-    step = steps[(len(steps) - 1) // 2]
-    if device.type == "cuda":
-        parts = timeline.parts_on_gpu(events, step, vocabulary)
-    else:
-        parts = timeline.parts_on_cpu(step, vocabulary)
-    return (step.end - step.begin) / 1e6, parts
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

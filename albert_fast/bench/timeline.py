@@ -21,7 +21,7 @@ PRODUCTS, ATTENTION, LOSS, REST = KINDS = ("products", "attention", "loss", "res
 ENCODER = "encoder in one kernel"
 OVERHEAD = "overhead"
 
-# What the profiler is told to call a step.
+# What the profiler is told to call the step.
 STEP = "step"
 
 _NATIVE_CALL = "albert_fast_native::"
@@ -86,8 +86,13 @@ class Slice:
         return self.event["name"]
 
     @property
+    def duration(self) -> int:
+        return self.end - self.begin
+
+    @property
     def own(self) -> int:
-        return self.end - self.begin - sum(child.end - child.begin for child in self.inside)
+        """The time that nothing inside it has."""
+        return self.duration - sum(child.duration for child in self.inside)
 
 
 @dataclass
@@ -149,21 +154,21 @@ def _event(call: Slice, name: str, begin: int, end: int, arguments: dict[str, in
     return {"ph": "X", "cat": _NATIVE, "name": name, **place, **times, "args": arguments}
 
 
-# ---------------------------------------------------------------------------------------------------------- the steps
+# ----------------------------------------------------------------------------------------------------------- the step
 
 
-def steps(events: Iterable[Event]) -> list[Slice]:
-    """The steps of the profile, with all that the thread that took them did."""
+def step(events: Iterable[Event]) -> Slice:
+    """The step of the profile, with all that the thread that took it did."""
     slices = [_slice(e) for e in events if e.get("cat") in _ON_CPU]
     thread = next(s.event["tid"] for s in slices if s.name == STEP)
-    return [s for s in _nested(s for s in slices if s.event["tid"] == thread) if s.name == STEP]
+    return next(s for s in _nested(s for s in slices if s.event["tid"] == thread) if s.name == STEP)
 
 
 def parts_on_cpu(step: Slice, vocabulary: int) -> list[Part]:
     """What the step's time went for; they add up to all of it.
 
     Args:
-        step: one of `steps`.
+        step: as `step` gives it.
         vocabulary: rows of the word table: a product with as many is the loss's.
     """
     parts: dict[tuple[str, str], Part] = {}
@@ -177,7 +182,7 @@ def parts_on_cpu(step: Slice, vocabulary: int) -> list[Part]:
 
 
 def parts_on_gpu(events: Sequence[Event], step: Slice, vocabulary: int) -> list[Part]:
-    """What the GPU's time went for between the begin and the end of the step, which waits for it.
+    """What the GPU's time went for from the begin to the end of the step, which waits for it.
 
     Raises:
         RuntimeError: there is nothing on the GPU.
@@ -198,7 +203,7 @@ def parts_on_gpu(events: Sequence[Event], step: Slice, vocabulary: int) -> list[
         name = event["name"].removeprefix("void ")[:60]
         part = parts.setdefault((kind, name), Part(kind, name))
         part.calls += 1
-        part.nanoseconds += _slice(event).end - _slice(event).begin
+        part.nanoseconds += _slice(event).duration
     if not parts:
         raise RuntimeError("the profiler saw nothing on the GPU: is CUPTI there, and may this user trace kernels?")
     return list(parts.values())

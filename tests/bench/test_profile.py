@@ -16,7 +16,6 @@ from albert_fast.bench.data import load_tokenizer, make_batch, read_text
 from albert_fast.bench.timeline import ATTENTION, ENCODER, LOSS, OVERHEAD, PRODUCTS, REST, Part
 from albert_fast.trace import Span
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VOCABULARY = 2100
 CONFIG = AlbertConfig(
     vocab_size=VOCABULARY,
@@ -72,7 +71,7 @@ def test_the_parts_add_up(backend, mode, profiled, capsys):
     assert list(table) == [PRODUCTS, ATTENTION, *([LOSS] if labelled else []), REST, OVERHEAD, "step"]
     step = table.pop("step")
     assert step["milliseconds"] == report["milliseconds"] == statistics.median(report["all_milliseconds"])
-    assert len(report["all_milliseconds"]) == 4
+    assert len(report["all_milliseconds"]) == 3
     for quantity in ("milliseconds", "share", "gflop", "floor_milliseconds"):
         total = sum(row[quantity] or 0.0 for row in table.values())
         assert total == pytest.approx(step[quantity]), quantity
@@ -81,10 +80,10 @@ def test_the_parts_add_up(backend, mode, profiled, capsys):
             assert row["milliseconds"] > 0
             assert sum(part["milliseconds"] for part in row["parts"]) == pytest.approx(row["milliseconds"])
     # Nothing of the profiled step is left out: its operators, and what was between them.
-    (first, *_), profiled_steps = timeline.steps(events), timeline.steps(events)
-    parts = timeline.parts_on_cpu(first, VOCABULARY)
-    assert sum(part.nanoseconds for part in parts) == first.end - first.begin
-    assert len(profiled_steps) == 3
+    profiled_step = timeline.step(events)
+    parts = timeline.parts_on_cpu(profiled_step, VOCABULARY)
+    assert sum(part.nanoseconds for part in parts) == profiled_step.duration
+    assert report["profiled_milliseconds"] == profiled_step.duration / 1e6
     assert report["backends"]["float32"] == dict.fromkeys(backends.OPERATIONS, backend)
     printed = capsys.readouterr().out
     assert f"float32 {mode} 3x24:ragged" in printed
@@ -95,8 +94,7 @@ def test_the_parts_add_up(backend, mode, profiled, capsys):
 @pytest.mark.skipif(not HAS_CPU, reason="no native library")
 def test_the_native_steps_are_in_their_calls(profiled):
     report, events = profiled("--backend", "cpu")
-    (first, *_), calls = timeline.steps(events), []
-    pending = [first]
+    pending, calls = [timeline.step(events)], []
     while pending:
         slice_ = pending.pop()
         pending += slice_.inside
@@ -189,8 +187,8 @@ class Trace:
         return self.add("cpu_op", name, begin, end, **{"Input Dims": list(shapes), **arguments})
 
     def parts(self):
-        (step,) = timeline.steps(self.events)
-        return {(part.kind, part.name): part.nanoseconds / 1e3 for part in timeline.parts_on_cpu(step, 1000)}
+        parts = timeline.parts_on_cpu(timeline.step(self.events), 1000)
+        return {(part.kind, part.name): part.nanoseconds / 1e3 for part in parts}
 
 
 def test_what_is_inside_belongs_to_what_it_is_inside_of():
@@ -288,13 +286,12 @@ def gpu_trace() -> Trace:
 
 def test_kernels_by_who_launched_them_or_by_name():
     trace = gpu_trace()
-    (step,) = timeline.steps(trace.events)
+    step = timeline.step(trace.events)
     parts = timeline.parts_on_gpu(trace.events, step, 1000)
     times: dict[str, int] = {}
     for part in parts:
         times[part.kind] = times.get(part.kind, 0) + part.nanoseconds // 1000
     assert times == {PRODUCTS: 10 + 7, LOSS: 4, ATTENTION: 6, REST: 1 + 1}
-    assert profile.middle_step(trace.events, CUDA, 1000) == (0.1, parts)
     with pytest.raises(RuntimeError, match="nothing on the GPU"):
         timeline.parts_on_gpu([e for e in trace.events if e["tid"] != 99], step, 1000)
 
@@ -325,8 +322,16 @@ def test_an_encoder_in_one_kernel_has_the_floor_of_both():
     assert table[OVERHEAD]["milliseconds"] == pytest.approx(1.0)
 
 
-def test_the_middle_step():
-    trace = Trace()
-    for begin, length in ((0, 30), (40, 10), (60, 20)):
-        trace.add("user_annotation", timeline.STEP, begin, begin + length)
-    assert profile.middle_step(trace.events, CPU, 1000)[0] == 0.02
+def test_the_middle_step(monkeypatch):
+    lengths = iter([9.0, 0.03, 0.01, 0.02])  # the first one warms the profiler up
+
+    def profiled_step(function, device):
+        return {"traceEvents": Trace().add("user_annotation", timeline.STEP, 0, next(lengths) * 1e6).events}
+
+    monkeypatch.setattr(profile, "profile", profiled_step)
+    calls = []
+    measured = profile.measure(lambda: calls.append(0), torch.device("cpu"), 3, lambda text: None)
+    step, trace = measured.middle()
+    assert step.duration == 0.02 * 1e9
+    assert trace in measured.traces
+    assert (len(measured.seconds), len(measured.traces), len(calls)) == (3, 3, 2 + 3)
