@@ -84,6 +84,8 @@ def test_the_parts_add_up(backend, mode, profiled, capsys):
     parts = timeline.parts_on_cpu(profiled_step, VOCABULARY)
     assert sum(part.nanoseconds for part in parts) == profiled_step.duration
     assert report["profiled_milliseconds"] == profiled_step.duration / 1e6
+    between = sum(part.nanoseconds for part in parts if part.kind == OVERHEAD) / 1e6
+    assert 0 < between == pytest.approx(report["profiled_overhead_milliseconds"])
     assert report["backends"]["float32"] == dict.fromkeys(backends.OPERATIONS, backend)
     printed = capsys.readouterr().out
     assert f"float32 {mode} 3x24:ragged" in printed
