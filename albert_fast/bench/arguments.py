@@ -107,7 +107,7 @@ def add_profile_to(parser: argparse.ArgumentParser) -> None:
     _add(
         parser,
         "--steps",
-        "steps, plain and profiled in turn; the middle ones count (default: %(default)s)",
+        "steps, plain and profiled in turn; the fastest count (default: %(default)s)",
         metavar="N",
     )
     text = "the trace to write, which chrome://tracing and Perfetto show"
