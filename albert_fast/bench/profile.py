@@ -1,7 +1,7 @@
 """`albert-fast profile`: where the time of a step goes, as a Chrome trace and as a table with the floor.
 
 The same step is timed in turn as it is and under PyTorch's profiler, with the recorder of the native steps
-(albert_fast/trace.py). Of both the fastest counts: what else runs on the machine only ever makes a step slower, and a
+(albert_fast/native_trace.py). Of both the fastest counts: what else runs on the machine only ever makes a step slower, and a
 difference of two has the noise of both. What the profiled step's operators took, or on a GPU its kernels, is products,
 attention, loss and rest; overhead is what the plain step takes beyond that: Python, PyTorch's dispatch and autograd,
 on a GPU the time when nothing runs there.
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 
 import albert_fast
-from albert_fast import AlbertConfig, backends, trace
+from albert_fast import AlbertConfig, backends, native_trace
 from albert_fast.bench import timeline
 from albert_fast.bench.arguments import ProfileOptions, profile_options_from
 from albert_fast.bench.checkout import commit_of
@@ -178,12 +178,12 @@ def measure(function: Callable[[], object], device: torch.device, steps: int, sa
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """The Chrome trace of a step, with the native steps inside it."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    spans: list[trace.Span] = []
+    spans: list[native_trace.Span] = []
     synchronize(device)
     first = _clocks()
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
-            spans = stack.enter_context(trace.record())
+            spans = stack.enter_context(native_trace.record())
         profiler = stack.enter_context(torch.profiler.profile(activities=activities, record_shapes=True))
         with record_function(timeline.STEP):
             function()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from albert_fast.trace import Span
+from albert_fast.native_trace import Span
 
 PRODUCTS, ATTENTION, LOSS, REST = KINDS = ("products", "attention", "loss", "rest")
 # csrc/cuda's kernel of all passes, norms included.

@@ -13,7 +13,7 @@ from albert_fast.bench import profile, timeline
 from albert_fast.bench.arguments import Shape, add_profile_to, profile_options_from
 from albert_fast.bench.data import load_tokenizer, make_batch, read_text
 from albert_fast.bench.timeline import ATTENTION, ENCODER, LOSS, OVERHEAD, PRODUCTS, REST, Part
-from albert_fast.trace import Span
+from albert_fast.native_trace import Span
 
 VOCABULARY = 2100
 CONFIG = AlbertConfig(

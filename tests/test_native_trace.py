@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from albert_fast import AlbertConfig, AlbertForMaskedLM, backends, trace
+from albert_fast import AlbertConfig, AlbertForMaskedLM, backends, native_trace
 from albert_fast.flops import flops
 
 LENGTHS = [9, 24, 1]
@@ -57,7 +57,7 @@ def train(model, inputs):
 def test_results_are_the_same_bit_for_bit(model, inputs, dtype):
     model.to(dtype)
     without = train(model, inputs)
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         results = train(model, inputs)
     assert len(spans) > 0
     assert all(map(torch.equal, results, without))
@@ -68,7 +68,7 @@ def test_inference_in_int8_too(model, inputs):
     del inputs["labels"]
     with torch.no_grad():
         without = model(**inputs).logits
-        with trace.record() as spans:
+        with native_trace.record() as spans:
             logits = model(**inputs).logits
     assert torch.equal(logits, without)
     assert Counter(span.name for span in spans if span.pass_index == 1) == {"product": 4, "attention": 1}
@@ -76,7 +76,7 @@ def test_inference_in_int8_too(model, inputs):
 
 def test_the_steps_of_every_pass(model, inputs):
     began = time.perf_counter_ns()
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         train(model, inputs)
     assert began <= spans[0].begin
     assert spans[-1].end <= time.perf_counter_ns()
@@ -110,7 +110,7 @@ def test_operations_are_those_of_the_formula(model, inputs, recompute):
     """What is made again comes on top."""
     model.set_recompute(recompute)
     config, tokens = model.config, sum(LENGTHS)
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         train(model, inputs)
     done = Counter()
     for span in spans:
@@ -130,7 +130,7 @@ def test_other_threads_are_not_seen(model, inputs):
     def work():
         train(model, inputs)
 
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
@@ -138,8 +138,8 @@ def test_other_threads_are_not_seen(model, inputs):
 
 
 def test_one_recorder_a_thread(model, inputs):
-    with trace.record() as spans:
-        with pytest.raises(RuntimeError, match="this thread records already"), trace.record():
+    with native_trace.record() as spans:
+        with pytest.raises(RuntimeError, match="this thread records already"), native_trace.record():
             pass
         train(model, inputs)
     assert spans, "the first one goes on"
@@ -147,15 +147,15 @@ def test_one_recorder_a_thread(model, inputs):
 
 def test_an_error_ends_it(model, inputs):
     inputs["labels"][0, 0] = 120
-    with pytest.raises(IndexError), trace.record():
+    with pytest.raises(IndexError), native_trace.record():
         train(model, inputs)
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         pass
     assert spans == []
 
 
 def test_too_little_room(model, inputs):
-    with pytest.raises(RuntimeError, match=r"\d+ steps were taken, and capacity is 3"), trace.record(3):
+    with pytest.raises(RuntimeError, match=r"\d+ steps were taken, and capacity is 3"), native_trace.record(3):
         train(model, inputs)
-    with pytest.raises(ValueError, match="capacity is 0"), trace.record(0):
+    with pytest.raises(ValueError, match="capacity is 0"), native_trace.record(0):
         pass

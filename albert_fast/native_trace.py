@@ -2,7 +2,7 @@
 
 All passes of the encoder are one call, and PyTorch's profiler sees no further:
 
-    with trace.record() as spans:
+    with native_trace.record() as spans:
         model(**inputs)
     slowest = max(spans, key=lambda span: span.end - span.begin)
 
@@ -65,7 +65,7 @@ def record(capacity: int = 2**18) -> Iterator[list[Span]]:
     try:
         operators.trace_begin(memory)
     except RuntimeError:
-        raise RuntimeError("this thread records already: one `trace.record()` at a time was expected") from None
+        raise RuntimeError("this thread records already: one `native_trace.record()` at a time was expected") from None
     try:
         yield spans
     finally:
