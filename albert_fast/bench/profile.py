@@ -1,10 +1,10 @@
 """`albert-fast profile`: where the time of a step goes, as a Chrome trace and as a table with the floor.
 
 The same step is timed in turn as it is and under PyTorch's profiler, with the recorder of the native steps
-(albert_fast/native_trace.py). Of both the fastest counts: what else runs on the machine only ever makes a step slower, and a
-difference of two has the noise of both. What the profiled step's operators took, or on a GPU its kernels, is products,
-attention, loss and rest; overhead is what the plain step takes beyond that: Python, PyTorch's dispatch and autograd,
-on a GPU the time when nothing runs there.
+(albert_fast/native_trace.py). Of both the fastest counts: what else runs on the machine only ever makes a step slower,
+and a difference of two has the noise of both. What the profiled step's operators took, or on a GPU its kernels, is
+products, attention, loss and rest; overhead is what the plain step takes beyond that: Python, PyTorch's dispatch and
+autograd, on a GPU the time when nothing runs there.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def run(options: ProfileOptions, console: Console) -> tuple[dict[str, Any], dict
         "milliseconds": fastest,
         "all_milliseconds": [seconds * 1e3 for seconds in measured.seconds],
         "profiled_milliseconds": step.duration / 1e6,
-        "all_profiled_milliseconds": [seconds * 1e3 for seconds in measured.profiled_seconds],
+        "all_profiled_milliseconds": [nanoseconds / 1e6 for nanoseconds in measured.profiled_nanoseconds],
         "profiled_overhead_milliseconds": (step.duration - accounted) / 1e6,
         "rows": table_rows(parts, fastest, needed, floors),
     }
@@ -146,12 +146,12 @@ class Measured:
 
     Attributes:
         seconds: of each plain step.
-        profiled_seconds: of each profiled one.
+        profiled_nanoseconds: of each profiled one.
         step, trace: the fastest of these, and its Chrome trace.
     """
 
     seconds: list[float]
-    profiled_seconds: list[float]
+    profiled_nanoseconds: list[int]
     step: Slice
     trace: dict[str, Any]
 
@@ -172,7 +172,7 @@ def measure(function: Callable[[], object], device: torch.device, steps: int, sa
         traces.append(profile(function, device))
     profiled = [timeline.step(events["traceEvents"]) for events in traces]
     step, events = min(zip(profiled, traces, strict=True), key=lambda pair: pair[0].duration)
-    return Measured(seconds, [step.duration / 1e9 for step in profiled], step, events)
+    return Measured(seconds, [step.duration for step in profiled], step, events)
 
 
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, Any]:

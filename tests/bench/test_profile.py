@@ -334,5 +334,5 @@ def test_the_fastest_step(monkeypatch):
     measured = profile.measure(lambda: calls.append(0), torch.device("cpu"), 3, lambda text: None)
     assert measured.step == timeline.step(measured.trace["traceEvents"])
     assert measured.step.duration == 0.01 * 1e9
-    assert measured.profiled_seconds == [0.03, 0.01, 0.02]
+    assert measured.profiled_nanoseconds == [30_000_000, 10_000_000, 20_000_000]
     assert (len(measured.seconds), len(calls)) == (3, 2 + 3)
