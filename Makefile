@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 VENV36 := $(VENV)/triton36
 VENV4 := $(VENV)/transformers4
 
-.PHONY: bench test test-slow test-transformers4 lint aot sanitize gpu clean
+.PHONY: bench readme test test-slow test-transformers4 lint aot sanitize gpu clean
 
 # torch first and by its exact version: pip then takes a CPU wheel that lies on the machine, where there is one, and
 # nothing that follows asks for another build. timm is an oracle of the tests, one file of it, which needs nothing else.
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 bench: $(STAMP)
 	$(BIN)/albert-fast bench $(ARGS)
+
+# The README's tables and figures, from benchmarks/results; ARGS=--check only compares.
+readme: $(STAMP)
+	$(BIN)/python -m albert_fast.bench.readme $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 $(ARGS)

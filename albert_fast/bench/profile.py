@@ -38,11 +38,11 @@ from albert_fast.bench.report import headline, title
 from albert_fast.bench.run import (
     check_lengths,
     floor,
-    machine_of,
+    machine,
     make_model,
     probe,
     show_progress,
-    versions_here,
+    versions,
     vocabulary_of,
 )
 from albert_fast.bench.timeline import ATTENTION, ENCODER, KINDS, LOSS, OVERHEAD, PRODUCTS, Part, Slice
@@ -113,8 +113,8 @@ def run(options: ProfileOptions, console: Console) -> tuple[dict[str, Any], dict
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_of(Path(albert_fast.__file__).parent),
-        "machine": machine_of(device),
-        "versions": versions_here(),
+        "machine": machine(device),
+        "versions": versions(),
         "text": {"source": text.source, "sha256": text.sha256},
         "config": config.to_dict(),
         "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in rates.items()},
@@ -272,7 +272,7 @@ def _row(name: str, milliseconds: float, of: float, operations: int) -> dict[str
 
 def print_profile(report: dict[str, Any], console: Console) -> None:
     step, profiled, steps = report["milliseconds"], report["profiled_milliseconds"], len(report["all_milliseconds"])
-    console.print(headline(report), highlight=False, soft_wrap=True)
+    console.print(headline([report]), highlight=False, soft_wrap=True)
     console.print(
         f"\n[bold]{title(report['work'])}[/]: {step:,.1f} ms, the fastest of {steps}; "
         f"the profiler adds {profiled - step:+,.1f} ms ({profiled / step - 1:+.1%})",

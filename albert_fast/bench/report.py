@@ -1,12 +1,13 @@
 """The table that `albert-fast bench` prints, from the report that `--json` writes.
 
-`python -m albert_fast.bench.report FILE…` prints the README's table of such reports.
+`python -m albert_fast.bench.report FILE…` prints a Markdown table of each; the README's join several (bench/readme.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.table import Table
 from albert_fast.bench.checkout import short
 
 Report = dict[str, Any]
+# Of the rows of a work, by peer, what stands in a column.
+Column = Callable[[Mapping[str, dict[str, Any]]], str]
 
 COLUMNS = ("error", "ms", "tokens/s", "x floor", "speed-up", "peak")
 
@@ -28,7 +31,7 @@ NOTE = (
 
 def print_report(report: Report, console: Console) -> None:
     """One table: a section for each piece of work, a line for each peer."""
-    console.print(headline(report), highlight=False, soft_wrap=True)
+    console.print(headline([report]), highlight=False, soft_wrap=True)
     for work in report["works"]:
         console.print(f"\n[bold]{title(work)}[/]", highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
@@ -47,14 +50,25 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The same for a README, a line for each piece of work: milliseconds, times the floor, error, peak memory."""
-    peers = list(dict.fromkeys(row["peer"] for work in report["works"] for row in work["rows"]))
-    lines = [f"| work | floor | {' | '.join(peers)} |", "|---|--:|" + "---|" * len(peers)]
-    for work in report["works"]:
+    """The same in Markdown, a line for each piece of work: milliseconds, times the floor, error, peak memory."""
+    return f"{headline([report])}\n\n{works_table({title(work): work for work in report['works']})}"
+
+
+def works_table(works: Mapping[str, dict[str, Any]], columns: Mapping[str, Column] | None = None) -> str:
+    """A line for each work, under the name that it is given; without `columns` a column for each peer."""
+    if columns is None:
+        peers = dict.fromkeys(row["peer"] for work in works.values() for row in work["rows"])
+        columns = {peer: _summary_of(peer) for peer in peers}
+    lines = [f"| work | floor | {' | '.join(columns)} |", "|---|--:|" + "---|" * len(columns)]
+    for name, work in works.items():
         rows = {row["peer"]: row for row in work["rows"]}
-        cells = [_summary(rows[peer]) if peer in rows else "" for peer in peers]
-        lines.append(f"| {title(work)} | {work['floor_milliseconds']:,.1f} ms | {' | '.join(cells)} |")
-    return "\n".join([headline(report), "", *lines])
+        cells = " | ".join(column(rows) for column in columns.values())
+        lines.append(f"| {name} | {work['floor_milliseconds']:,.1f} ms | {cells} |")
+    return "\n".join(lines)
+
+
+def _summary_of(peer: str) -> Column:
+    return lambda rows: _summary(rows[peer]) if peer in rows else ""
 
 
 def _summary(row: dict[str, Any]) -> str:
@@ -66,19 +80,51 @@ def _summary(row: dict[str, Any]) -> str:
     return f"{milliseconds} ms, {times_floor}, {error}, {peak}"
 
 
-def headline(report: Report) -> str:
-    machine, versions, config = report["machine"], report["versions"], report["config"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    commit = f"; commit {short(report['commit'])}" if report.get("commit") is not None else ""
-    rates = ", ".join(f"{rate:.0f} GFLOP/s {name}" for name, rate in report["matrix_gflops"].items())
-    served = "; ".join(f"{name}: {_served(operations)}" for name, operations in report["backends"].items())
+def headline(reports: Sequence[Report]) -> str:
+    """Date, machine, versions, commit, model, text and matrix rates; what several reports share is said once."""
+    dates = ", ".join(dict.fromkeys(report["date"][:10] for report in reports))
+    commits = ", ".join(dict.fromkeys(short(report["commit"]) for report in reports if report.get("commit")))
+    named = f"; commit {commits}" if commits else ""
     return (
-        f"{report['date'][:10]}, {where}; {packages}{commit}\n"
-        f"ALBERT of {config['num_hidden_layers']} passes, hidden {config['hidden_size']}, vocabulary "
-        f"{config['vocab_size']}; text: {report['text']['source']}\n"
-        f"best matrix rate: {rates}. Backends: {served}"
+        f"{dates}, {_each(reports, _where)}; {_each(reports, _packages)}{named}\n"
+        f"{_each(reports, _model)}\n"
+        f"best matrix rate: {_rates(reports)}. Backends: {_each(reports, _backends)}"
     )
+
+
+def _each(reports: Sequence[Report], what: Callable[[Report], str]) -> str:
+    return "; ".join(dict.fromkeys(part for report in reports for part in what(report).split("; ")))
+
+
+def _where(report: Report) -> str:
+    machine = report["machine"]
+    return machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+
+
+def _packages(report: Report) -> str:
+    return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+
+
+def _model(report: Report) -> str:
+    config = report["config"]
+    return (
+        f"ALBERT of {config['num_hidden_layers']} passes, hidden {config['hidden_size']}, vocabulary "
+        f"{config['vocab_size']}; text: {report['text']['source']}"
+    )
+
+
+def _rates(reports: Sequence[Report]) -> str:
+    """Each kind of numbers' rate, from the least to the greatest of the reports."""
+    seen: dict[str, set[int]] = {}
+    for report in reports:
+        for name, rate in report["matrix_gflops"].items():
+            seen.setdefault(name, set()).add(round(rate))
+    ends = {name: sorted({min(rates), max(rates)}) for name, rates in seen.items()}
+    return ", ".join(f"{' to '.join(map(str, rates))} GFLOP/s {name}" for name, rates in ends.items())
+
+
+def _backends(report: Report) -> str:
+    return "; ".join(f"{name}: {_served(operations)}" for name, operations in report["backends"].items())
 
 
 def _served(operations: dict[str, str]) -> str:

@@ -87,8 +87,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
-        "machine": machine_of(device),
-        "versions": versions_here(),
+        "machine": machine(device),
+        "versions": versions(),
         "options": {**asdict(options), "shapes": [str(shape) for shape in options.shapes]},
         "text": {"source": text.source, "sha256": text.sha256},
         "config": config.to_dict(),
@@ -229,24 +229,26 @@ def check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
         )
 
 
-def machine_of(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores and threads, and the GPU where the device is one: what a report says of where it was made."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
-def versions_here() -> dict[str, str]:
-    versions = {"albert_fast": albert_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of what the figures depend on; transformers where it is installed."""
+    found = {"albert_fast": albert_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
     with contextlib.suppress(ImportError):
         import transformers
 
-        versions["transformers"] = transformers.__version__
-    return versions
+        found["transformers"] = transformers.__version__
+    return found
 
 
 @contextlib.contextmanager

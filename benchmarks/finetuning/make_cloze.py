@@ -48,7 +48,6 @@ def paragraphs(path: Path) -> Iterator[str]:
 def cloze(sentence: str, context: str, draw: random.Random) -> tuple[str, int, str] | None:
     """The answer, where it begins in the sentence, and the question."""
     kinds = [list(kind.finditer(sentence)) for kind in (_NUMBER, _NAME, _PHRASE)]
-    kinds = [[match for match in kind if "unk" not in match[0]] for kind in kinds]
     weights = [weight * bool(kind) for weight, kind in zip((3, 4, 3), kinds, strict=True)]
     if not any(weights):
         return None
