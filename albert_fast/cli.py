@@ -145,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time this package beside transformers, parity first")
     arguments.add_to(bench)
     bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser("profile", help="where a step's time goes: a Chrome trace and a table")
+    arguments.add_profile_to(profile)
+    profile.set_defaults(run=_profile)
     return parser
 
 
@@ -385,6 +389,12 @@ def _bench(args: argparse.Namespace) -> int:
     from albert_fast.bench import run
 
     return run.main(args)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from albert_fast.bench import profile
+
+    return profile.main(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@
 #include "cpu/gemm.h"
 #include "cpu/masked_lm_loss.h"
 #include "cpu/token_ops.h"
+#include "cpu/trace.h"
 
 namespace {
 
@@ -604,6 +605,22 @@ void masked_lm_loss_backward(Tensor grad_loss, Tensor x, Tensor table, Tensor bi
   check(albert_masked_lm_loss_backward(&a, workspace.data(), bytes, &parallel), "masked_lm_loss_backward");
 }
 
+// -------------------------------------------------------------------------------------------------------------- trace
+
+// spans: int64 [capacity, 8], as albert_span has them; it must live until trace_end.
+void trace_begin(Tensor spans) {
+  static_assert(sizeof(albert_span) == 8 * sizeof(int64_t), "a row of spans");
+  check(albert_trace_begin(data<albert_span>(spans), spans.size(0)), "trace_begin");
+}
+
+int64_t trace_end() { return albert_trace_end(); }
+
+// Empty beyond the last kind.
+std::string span_name(int64_t kind) {
+  const char* name = albert_span_name(kind);
+  return name == nullptr ? "" : name;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(albert_fast_native, m) {
@@ -655,11 +672,16 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
       "masked_lm_loss_backward(Tensor grad_loss, Tensor x, Tensor table, Tensor bias, Tensor labels, Tensor logsumexp, "
       "int ignore_index, float label_smoothing, float z_loss, Tensor(a!) grad_x, Tensor(b!) grad_table, "
       "Tensor(c!) grad_bias) -> ()");
+  m.def("trace_begin(Tensor(a!) spans) -> ()");
+  m.def("trace_end() -> int");
+  m.def("span_name(int kind) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
+  m.impl("trace_end", TORCH_BOX(&trace_end));
+  m.impl("span_name", TORCH_BOX(&span_name));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CPU, m) {
@@ -679,4 +701,5 @@ STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CPU, m) {
   m.impl("embed_layer_norm_backward", TORCH_BOX(&embed_layer_norm_backward));
   m.impl("masked_lm_loss", TORCH_BOX(&masked_lm_loss));
   m.impl("masked_lm_loss_backward", TORCH_BOX(&masked_lm_loss_backward));
+  m.impl("trace_begin", TORCH_BOX(&trace_begin));
 }

@@ -1,4 +1,4 @@
-"""What `albert-fast bench` is asked for: the options, checked before any work. Imports nothing heavy."""
+"""What `albert-fast bench` and `profile` are asked for: the options, checked before any work. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 MODES = ("inference", "training")
 # autocast: float32 weights, the forward pass under torch.autocast to bfloat16.
@@ -75,48 +75,88 @@ class Options:
     peers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ProfileOptions:
+    """A profile: `work` has one shape, one mode and one dtype. `backend` None: as the package chooses."""
+
+    work: Options
+    output: str
+    steps: int = 5
+    backend: str | None = None
+
+
 DEFAULTS = Options()
 _PRETRAINING_SHAPES = (Shape(8, 128), Shape(8, 128, ragged=True))
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Adds the options; what they hold is checked by `options_from`, which the command line reports in one line."""
-
-    def add(name: str, text: str, **arguments: object) -> None:
-        parser.add_argument(name, help=text, **arguments)  # type: ignore[arg-type]
-
-    def joined(items: Iterable[object]) -> str:
-        return ",".join(map(str, items))
-
-    add("--shapes", "rows x length, such as 8x128,8x512,32x128:ragged (default: %(default)s)", metavar="LIST")
-    add("--mode", "inference, training or both (default: %(default)s)", metavar="LIST")
-    formats = f"of weights and activations: {', '.join(DTYPES)} (float32 weights, computed with in bfloat16)"
-    add("--dtype", f"{formats} (default: %(default)s)", metavar="LIST")
-    add("--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
-    add("--device", "cpu or cuda (default: %(default)s)")
-    add("--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
-    add("--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
-    add("--config", f"{', '.join(CONFIGS)} or a config.json; random weights (default: %(default)s)")
-    add("--layers", "passes of the shared layer, in place of the config's", metavar="N")
-    add("--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")
-    add("--vocab", "a sentencepiece model, or a directory with one", metavar="FILE_OR_DIR")
-    add("--text", "UTF-8 text in place of Python's own documentation", nargs="+", metavar="FILE", default=[])
+    _add_work(parser, several=True)
+    _add(parser, "--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
+    _add(parser, "--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
     parser.add_argument(
         "--pretrain",
         action="store_true",
         help="steps of pretraining, float32, beside transformers' Trainer "
-        f"(default shapes: {joined(_PRETRAINING_SHAPES)})",
+        f"(default shapes: {_joined(_PRETRAINING_SHAPES)})",
     )
-    add("--suite", f"cases that are ready made, in place of shapes: {', '.join(SUITES)} or all", metavar="LIST")
+    _add(parser, "--suite", f"ready made cases in place of shapes: {', '.join(SUITES)} or all", metavar="LIST")
     parser.add_argument("--quick", action="store_true", help="of --suite fewer and smaller cases: minutes in all")
-    add("--only", "of --suite the cases that have this in their name, such as attention-training", metavar="TEXT")
-    add("--peer", "a Python file with one class of Peer, which takes part, too", nargs="+", metavar="FILE", default=[])
-    add("--json", "write the report there as well", metavar="FILE")
+    only = "of --suite the cases that have this in their name, such as attention-training"
+    _add(parser, "--only", only, metavar="TEXT")
+    peer = "a Python file with one class of Peer, which takes part, too"
+    _add(parser, "--peer", peer, nargs="+", metavar="FILE", default=[])
+    parser.set_defaults(compare=_joined(DEFAULTS.compare))
+
+
+def add_profile_to(parser: argparse.ArgumentParser) -> None:
+    """The same for a profile, checked by `profile_options_from`."""
+    _add_work(parser, several=False)
+    _add(parser, "--backend", "cpu, cuda, triton or reference (default: as the package chooses)", metavar="NAME")
+    steps = "steps, plain and profiled in turn; the fastest count (default: %(default)s)"
+    _add(parser, "--steps", steps, metavar="N")
+    text = "the trace to write, which chrome://tracing and Perfetto show"
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=text)
+    nothing: dict[str, Any] = {
+        "repeats": None,
+        "pretrain": False,
+        "suite": None,
+        "quick": False,
+        "only": None,
+        "peer": [],
+    }
+    parser.set_defaults(steps="5", shapes="8x128", mode="training", compare=_joined(DEFAULTS.compare), **nothing)
+
+
+def _joined(items: Iterable[object]) -> str:
+    return ",".join(map(str, items))
+
+
+def _add(parser: argparse.ArgumentParser, name: str, text: str, **arguments: object) -> None:
+    parser.add_argument(name, help=text, **arguments)  # type: ignore[arg-type]
+
+
+def _add_work(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """What is computed, on what, and where."""
+    metavar = "LIST" if several else "ONE"
+    shapes = "8x128,8x512,32x128:ragged" if several else "8x512 or 32x128:ragged"
+    _add(parser, "--shapes", f"rows x length, such as {shapes} (default: %(default)s)", metavar=metavar)
+    modes = "inference, training or both" if several else "inference or training"
+    _add(parser, "--mode", f"{modes} (default: %(default)s)", metavar=metavar)
+    formats = f"of weights and activations: {', '.join(DTYPES)} (float32 weights, computed with in bfloat16)"
+    _add(parser, "--dtype", f"{formats} (default: %(default)s)", metavar=metavar)
+    _add(parser, "--device", "cpu or cuda (default: %(default)s)")
+    _add(parser, "--threads", "CPU threads (default: as many as PyTorch takes)", metavar="N")
+    _add(parser, "--config", f"{', '.join(CONFIGS)} or a config.json; random weights (default: %(default)s)")
+    _add(parser, "--layers", "passes of the shared layer, in place of the config's", metavar="N")
+    _add(parser, "--model", "a checkpoint directory: its weights in place of random ones", metavar="DIR")
+    _add(parser, "--vocab", "a sentencepiece model, or a directory with one", metavar="FILE_OR_DIR")
+    _add(parser, "--text", "UTF-8 text in place of Python's own documentation", nargs="+", metavar="FILE", default=[])
+    _add(parser, "--json", "write the report there as well", metavar="FILE")
     parser.set_defaults(
-        shapes=joined(DEFAULTS.shapes),
-        mode=joined(DEFAULTS.modes),
-        dtype=joined(DEFAULTS.dtypes),
-        compare=joined(DEFAULTS.compare),
+        shapes=_joined(DEFAULTS.shapes),
+        mode=_joined(DEFAULTS.modes),
+        dtype=_joined(DEFAULTS.dtypes),
         device=DEFAULTS.device,
         config=DEFAULTS.config,
     )
@@ -132,8 +172,7 @@ def options_from(args: argparse.Namespace) -> Options:
             raise ValueError(f"{name} is {path!r}, which does not exist")
     if args.config not in CONFIGS and not Path(args.config).is_file():
         raise ValueError(f"--config is {args.config!r}; {', '.join(CONFIGS)} or a config.json was expected")
-    if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise ValueError(f"--json is {args.json!r}; a file in a directory that exists was expected")
+    _check_target("--json", args.json)
     device, dtypes = _names("--device", args.device, DEVICES)[0], _names("--dtype", args.dtype, DTYPES)
     if device != "cpu" and "int8" in dtypes:
         raise ValueError(f"--dtype has 'int8' and --device is {device!r}; int8 runs on the CPU alone")
@@ -172,6 +211,25 @@ def _check_suites(options: Options) -> None:
 
 
 _FLAGS = {"modes": "mode", "dtypes": "dtype"}
+
+
+def profile_options_from(args: argparse.Namespace) -> ProfileOptions:
+    """As `options_from`."""
+    work = options_from(args)
+    for name, given in (("--shapes", work.shapes), ("--mode", work.modes), ("--dtype", work.dtypes)):
+        if len(given) > 1:
+            raise ValueError(f"{name} is {_joined(given)!r}; one was expected, a profile is of one thing")
+    if (work.modes, work.dtypes) == (("training",), ("int8",)):
+        raise ValueError("--dtype is 'int8' and --mode 'training'; int8 is for inference")
+    _check_target("-o", args.output)
+    steps = _count("--steps", args.steps)
+    assert steps is not None
+    return ProfileOptions(work, args.output, steps, args.backend)
+
+
+def _check_target(name: str, file: str | None) -> None:
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise ValueError(f"{name} is {file!r}; a file in a directory that exists was expected")
 
 
 def _of_pretraining(options: Options) -> Options:

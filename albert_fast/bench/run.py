@@ -68,14 +68,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with _progress(console) as say:
+    with show_progress(console) as say:
         say("reading the text, and training a vocabulary on it if there is none yet")
         text = read_text(options.text)
-        tokenizer = load_tokenizer(options.vocab or _vocabulary_of(options), text)
-        config, state_dict = _model(options, len(tokenizer))
+        tokenizer = load_tokenizer(options.vocab or vocabulary_of(options), text)
+        config, state_dict = make_model(options, len(tokenizer))
         make = pretraining.make_batches if options.pretrain else make_batch
         batches: dict[Shape, Any] = {shape: make(tokenizer, text, shape) for shape in options.shapes}
-        _check_lengths(config, options.shapes)
+        check_lengths(config, options.shapes)
         about = _about(options, text, config)
         works: list[tuple[Work, Operations]] = []
         rates: dict[torch.dtype, float] = {}
@@ -84,14 +84,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             backends[dtype] = serving_backends(config, device, FORMATS[dtype].activations)
             modes = options.modes if dtype != "int8" else ("inference",)
             # Before and after each work: what follows one precedes the next.
-            _probe(dtype, device, rates, say)
+            probe(dtype, device, rates, say)
             for mode, (shape, batch) in itertools.product(modes, batches.items()):
                 if mode == PRETRAINING:
                     work, operations = _pretrain(options, config, state_dict, batch, shape, say)
                 else:
                     work, operations = _compute(options, config, state_dict, batch.to(device), shape, mode, dtype, say)
                 works.append((work, operations))
-                _probe(dtype, device, rates, say)
+                probe(dtype, device, rates, say)
     for work, operations in works:
         # The best rates of the whole run: a machine that others use shows them at times only.
         work.floor_milliseconds = floor(operations, FORMATS[work.dtype], rates) * 1e3
@@ -117,7 +117,7 @@ def run_suites(options: Options, console: Console) -> dict[str, Any]:
     about = _about(options, setting.read, setting.config)
     rates, works = Rates(device), []
     repeats = options.repeats or _REPEATS[device.type]
-    with _progress(console, len(cases)) as say:
+    with show_progress(console, len(cases)) as say:
         for number, case in enumerate(cases, start=1):
             title = f"{case.suite} {number}/{len(cases)}: {case.name}"
             work = run_case(case, repeats, lambda text, title=title: say(f"{title}: {text}"))  # type: ignore[misc]
@@ -210,7 +210,7 @@ def _compute(
     return work, flops(config, batch.lengths, mode == "training", batch.labelled if mode == "training" else 0)
 
 
-def _probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
+def probe(dtype: str, device: torch.device, rates: dict[torch.dtype, float], say: Callable[[str], None]) -> None:
     """Raises `rates` to what is seen now, for each kind of numbers that `dtype` computes with."""
     say(f"{dtype}: how fast this machine multiplies matrices")
     for numbers in dict.fromkeys((FORMATS[dtype].products, FORMATS[dtype].attention)):
@@ -224,7 +224,7 @@ def _new_work(
     return Work(mode, dtype, str(shape), tokens, fill, labelled, gflop, attention_gflop, None, [])
 
 
-def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
+def make_model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, Tensor]]:
     """The configuration, without dropout (masks that are drawn differently have no parity), and weights."""
     kind: Any = AlbertForPreTraining if options.pretrain else AlbertForMaskedLM
     if options.model is not None:
@@ -250,7 +250,7 @@ def _model(options: Options, vocab_size: int) -> tuple[AlbertConfig, dict[str, T
     return config, model.state_dict()
 
 
-def _vocabulary_of(options: Options) -> str | None:
+def vocabulary_of(options: Options) -> str | None:
     """--model's own directory, where it holds a vocabulary."""
     if options.model is None:
         return None
@@ -258,7 +258,7 @@ def _vocabulary_of(options: Options) -> str | None:
     return options.model if any((Path(options.model) / name).is_file() for name in names) else None
 
 
-def _check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
+def check_lengths(config: AlbertConfig, shapes: tuple[Shape, ...]) -> None:
     longest = max(shape.length for shape in shapes)
     if longest > config.max_position_embeddings:
         raise ValueError(
@@ -290,7 +290,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console, total: int | None = None) -> Iterator[Callable[..., None]]:
+def show_progress(console: Console, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Shows one line of what is going on, and how many of `total` are done. On a terminal it is the same line;
     otherwise each is printed once, of those that are counted only what came of them."""
     if not console.is_terminal:

@@ -1,5 +1,6 @@
 // The C interface: checks arguments, then calls the kernels of the machine's instruction set.
 #include "attention_kernels.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -56,6 +57,15 @@ int check(const albert_attention_args* args, const Isa& isa, Attention& out) {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0; }
 
+// Of the scores and of what they weigh. A causal mask spares none.
+int64_t operations(const albert_attention_args& a) {
+  int64_t pairs = 0;
+  for (int64_t r = 0; r < a.batch; ++r)
+    pairs += static_cast<int64_t>(a.cu_seqlens_q[r + 1] - a.cu_seqlens_q[r]) *
+             (a.cu_seqlens_k[r + 1] - a.cu_seqlens_k[r]);
+  return 4 * pairs * a.heads * a.head_dim;
+}
+
 }  // namespace
 }  // namespace albert
 
@@ -81,6 +91,8 @@ int albert_attention(const albert_attention_args* args, void* workspace, size_t 
   const auto forward = a.quantized  ? avx512::quantized_attention
                        : isa.avx512 ? avx512::attention_forward
                                     : avx2::attention_forward;
+  Step step(ALBERT_SPAN_ATTENTION, a.args.tokens_q, a.args.heads, a.args.head_dim);
+  step.count([&] { return operations(a.args); });
   forward(a, static_cast<char*>(workspace), parallel);
   return 0;
 }
@@ -111,6 +123,8 @@ int albert_attention_backward(const albert_attention_args* args, const albert_at
   if (workspace_bytes < albert_attention_backward_workspace_bytes(args, thread_count(parallel)))
     return ALBERT_SMALL_WORKSPACE;
   if (a.args.heads == 0) return 0;
+  Step step(ALBERT_SPAN_ATTENTION_BACKWARD, a.args.tokens_q, a.args.heads, a.args.head_dim);
+  step.count([&] { return 2 * operations(a.args); });
   (isa.avx512 ? avx512::attention_backward : avx2::attention_backward)(a, g, static_cast<char*>(workspace), parallel);
   return 0;
 }

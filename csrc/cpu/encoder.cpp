@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "encoder_memory.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -102,6 +103,7 @@ int albert_encoder(const albert_encoder_args* args, void* workspace, size_t work
   const void* x = a.input;
   if (a.all_states || a.kept.x != nullptr) x = std::memcpy(state_of(0), a.input, state);
   for (int p = 0; p < a.passes; ++p) {
+    const PassOfSteps traced(p);
     const auto kept = [&](void* all, int64_t columns, void* own) -> void* {
       return all == nullptr ? own : static_cast<char*>(all) + p * s.bytes(a.tokens, columns);
     };

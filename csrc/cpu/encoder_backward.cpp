@@ -4,6 +4,7 @@
 
 #include "encoder_gradient_steps.h"
 #include "encoder_memory.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -117,6 +118,7 @@ int albert_encoder_backward(const albert_encoder_args* args, const albert_encode
   const size_t state = s.bytes(a.tokens, a.hidden);
   const void* grad_y = a.all_states ? grad_output + a.passes * state : grad_output;
   for (int pass = a.passes - 1; pass >= 0; --pass) {
+    const PassOfSteps traced(pass);
     void* grad_x = pass == 0 ? gradients->grad_input : w.grad;
     if (const int error = backward.run(pass, grad_y, gradients->layers[a.layer_of_pass[pass]], grad_x)) return error;
     if (a.all_states) add(a.dtype, grad_x, grad_output + pass * state, a.tokens * a.hidden, parallel);

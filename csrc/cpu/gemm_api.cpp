@@ -1,5 +1,6 @@
 // The C interface: checks arguments, then calls the kernels of the machine's instruction set.
 #include "gemm_kernels.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -64,7 +65,10 @@ int albert_gemm(const albert_gemm_args* args, void* workspace, size_t workspace_
   if (const int error = check_args(*args, isa)) return error;
   if (!aligned(workspace)) return ALBERT_UNALIGNED;
   if (workspace_bytes < albert_gemm_workspace_bytes(args, thread_count(parallel))) return ALBERT_SMALL_WORKSPACE;
-  if (args->m == 0 || static_cast<const PackedWeight*>(args->weight)->n == 0) return 0;
+  const auto& w = *static_cast<const PackedWeight*>(args->weight);
+  if (args->m == 0 || w.n == 0) return 0;
+  Step step(ALBERT_SPAN_PRODUCT, args->m, w.n, w.k);
+  step.count([&] { return 2 * args->m * w.n * w.k; });
   (isa.avx512 ? avx512::gemm : avx2::gemm)(*args, static_cast<char*>(workspace), parallel);
   return 0;
 }
@@ -105,6 +109,8 @@ int albert_weight_gradient(int dtype, int64_t m, int64_t n, int64_t k, const voi
   args.gradient = gradient;
   args.gradient_stride = gradient_stride;
   args.bias_gradient = bias_gradient;
+  Step step(ALBERT_SPAN_WEIGHT_GRADIENT, m, n, k);
+  step.count([&] { return 2 * m * n * k; });
   (isa.avx512 ? avx512::weight_gradient : avx2::weight_gradient)(args, static_cast<char*>(workspace), parallel);
   return 0;
 }
@@ -127,6 +133,7 @@ int albert_layer_norm(int x_dtype, const void* x, int64_t x_stride, int y_dtype,
   if (!valid(x_dtype, m, n, 0) || !is_float(y_dtype) || (m > 1 && (x_stride < n || y_stride < n)))
     return ALBERT_BAD_ARGUMENT;
   if (n == 0) return 0;
+  const Step step(ALBERT_SPAN_LAYER_NORM, m, n);
   (isa.avx512 ? avx512::layer_norm : avx2::layer_norm)(x_dtype, x, x_stride, y_dtype, y, y_stride, m, n, weight, bias,
                                                        eps, mean, rstd, parallel);
   return 0;

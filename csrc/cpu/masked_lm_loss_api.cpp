@@ -1,6 +1,7 @@
 // The C interface of masked_lm_loss.h: checks arguments, then calls the kernels of the machine's instruction set.
 #include "isa.h"
 #include "masked_lm_loss_kernels.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -21,6 +22,13 @@ bool valid_labels(const albert_masked_lm_loss_args& a) {
   for (int64_t i = 0; i < a.tokens; ++i)
     inside &= a.labels[i] == a.ignore_index || (0 <= a.labels[i] && a.labels[i] < a.vocabulary);
   return inside;
+}
+
+// Of the logits.
+int64_t operations(const albert_masked_lm_loss_args& a) {
+  int64_t labelled = 0;
+  for (int64_t i = 0; i < a.tokens; ++i) labelled += a.labels[i] != a.ignore_index;
+  return 2 * labelled * a.vocabulary * a.size;
 }
 
 template <class Run>
@@ -50,6 +58,8 @@ int albert_masked_lm_loss(const albert_masked_lm_loss_args* args, void* workspac
                           const albert_parallel* parallel) {
   const size_t needed = albert_masked_lm_loss_workspace_bytes(args, thread_count(parallel));
   return checked(args, workspace, workspace_bytes, needed, [&](const Isa& isa) {
+    Step step(ALBERT_SPAN_MASKED_LM_LOSS, args->tokens, args->vocabulary, args->size);
+    step.count([&] { return operations(*args); });
     (isa.avx512 ? avx512::masked_lm_loss : avx2::masked_lm_loss)(*args, isa.bf16, static_cast<char*>(workspace),
                                                                  parallel);
   });
@@ -66,6 +76,8 @@ int albert_masked_lm_loss_backward(const albert_masked_lm_loss_args* args, void*
                                    const albert_parallel* parallel) {
   const size_t needed = albert_masked_lm_loss_backward_workspace_bytes(args, thread_count(parallel));
   return checked(args, workspace, workspace_bytes, needed, [&](const Isa& isa) {
+    Step step(ALBERT_SPAN_MASKED_LM_LOSS_BACKWARD, args->tokens, args->vocabulary, args->size);
+    step.count([&] { return 2 * operations(*args); });
     (isa.avx512 ? avx512::masked_lm_loss_backward : avx2::masked_lm_loss_backward)(
         *args, isa.bf16, static_cast<char*>(workspace), parallel);
   });

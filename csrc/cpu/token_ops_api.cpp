@@ -1,6 +1,7 @@
 // The C interface of token_ops.h: checks arguments, then calls the kernels of the machine's instruction set.
 #include "isa.h"
 #include "token_kernels.h"
+#include "trace.h"
 
 namespace albert {
 namespace {
@@ -80,6 +81,7 @@ using namespace albert;
 
 int albert_dropout_add_layer_norm(const albert_layer_norm_args* args, const albert_parallel* parallel) {
   return checked(args, args == nullptr ? 0 : args->n, nullptr, 0, 0, [&](bool wide) {
+    const Step step(ALBERT_SPAN_LAYER_NORM, args->m, args->n);
     (wide ? avx512::dropout_add_layer_norm : avx2::dropout_add_layer_norm)(*args, parallel);
   });
 }
@@ -93,13 +95,16 @@ int albert_layer_norm_backward(const albert_layer_norm_args* args, void* workspa
                                const albert_parallel* parallel) {
   const size_t needed = albert_layer_norm_backward_workspace_bytes(args, thread_count(parallel));
   return checked(args, args == nullptr ? 0 : args->n, workspace, workspace_bytes, needed, [&](bool wide) {
+    const Step step(ALBERT_SPAN_LAYER_NORM_BACKWARD, args->m, args->n);
     (wide ? avx512::layer_norm_backward : avx2::layer_norm_backward)(*args, static_cast<char*>(workspace), parallel);
   });
 }
 
 int albert_bias_gelu(const albert_bias_gelu_args* args, const albert_parallel* parallel) {
-  return checked(args, args == nullptr ? 0 : args->n, nullptr, 0, 0,
-                 [&](bool wide) { (wide ? avx512::bias_gelu : avx2::bias_gelu)(*args, parallel); });
+  return checked(args, args == nullptr ? 0 : args->n, nullptr, 0, 0, [&](bool wide) {
+    const Step step(ALBERT_SPAN_ACTIVATION, args->m, args->n);
+    (wide ? avx512::bias_gelu : avx2::bias_gelu)(*args, parallel);
+  });
 }
 
 size_t albert_bias_gelu_backward_workspace_bytes(const albert_bias_gelu_args* args, int) {
@@ -111,13 +116,16 @@ int albert_bias_gelu_backward(const albert_bias_gelu_args* args, void* workspace
                               const albert_parallel* parallel) {
   const size_t needed = albert_bias_gelu_backward_workspace_bytes(args, thread_count(parallel));
   return checked(args, args == nullptr ? 0 : args->n, workspace, workspace_bytes, needed, [&](bool wide) {
+    const Step step(ALBERT_SPAN_ACTIVATION_BACKWARD, args->m, args->n);
     (wide ? avx512::bias_gelu_backward : avx2::bias_gelu_backward)(*args, static_cast<char*>(workspace), parallel);
   });
 }
 
 int albert_embed_layer_norm(const albert_embed_args* args, const albert_parallel* parallel) {
-  return checked(args, args == nullptr ? 0 : args->size, nullptr, 0, 0,
-                 [&](bool wide) { (wide ? avx512::embed_layer_norm : avx2::embed_layer_norm)(*args, parallel); });
+  return checked(args, args == nullptr ? 0 : args->size, nullptr, 0, 0, [&](bool wide) {
+    const Step step(ALBERT_SPAN_EMBEDDINGS, args->tokens, args->size);
+    (wide ? avx512::embed_layer_norm : avx2::embed_layer_norm)(*args, parallel);
+  });
 }
 
 size_t albert_embed_layer_norm_backward_workspace_bytes(const albert_embed_args* args, int threads) {
@@ -129,6 +137,7 @@ int albert_embed_layer_norm_backward(const albert_embed_args* args, void* worksp
                                      const albert_parallel* parallel) {
   const size_t needed = albert_embed_layer_norm_backward_workspace_bytes(args, thread_count(parallel));
   return checked(args, args == nullptr ? 0 : args->size, workspace, workspace_bytes, needed, [&](bool wide) {
+    const Step step(ALBERT_SPAN_EMBEDDINGS_BACKWARD, args->tokens, args->size);
     (wide ? avx512::embed_layer_norm_backward : avx2::embed_layer_norm_backward)(*args, static_cast<char*>(workspace),
                                                                                 parallel);
   });
