@@ -145,6 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time this package beside transformers, parity first")
     arguments.add_to(bench)
     bench.set_defaults(run=_bench)
+
+    report = commands.add_parser("report", help="a page, in one file, of what `bench --json` has written")
+    report.add_argument("results", nargs="+", metavar="RESULT", help="JSON files of `albert-fast bench` or `make gpu`")
+    report.add_argument("-o", "--output", required=True, metavar="HTML", help="the page to make")
+    report.add_argument(
+        "--compare", action="store_true", help="of two results, A and B: what changed from A to B beyond noise"
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -385,6 +393,14 @@ def _bench(args: argparse.Namespace) -> int:
     from albert_fast.bench import run
 
     return run.main(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from albert_fast.bench import page
+
+    page.write(args.results, args.output, compare=args.compare)
+    print(f"wrote {args.output}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

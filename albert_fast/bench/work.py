@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from albert_fast.bench.worker import Process, interleave, median
 
@@ -40,7 +41,12 @@ class Work:
 
     Attributes:
         gflop: operations that the real tokens need, `attention_gflop` of them products of activations.
-        floor_milliseconds: of them, at the rates of the whole run.
+        floor_milliseconds: of them, at the rates of the whole run, or of the megabytes where those take longer; None
+            where neither is known.
+        suite, group: of `albert-fast bench --suite`: where it stands, such as "ops" and "attention".
+        varied: what that suite changes from one piece of work to the next, such as {"length": 512}.
+        megabytes: that must be moved at least.
+        threads: of the CPU; None: as many as the whole run has.
     """
 
     mode: str
@@ -53,10 +59,15 @@ class Work:
     attention_gflop: float
     floor_milliseconds: float | None
     rows: list[Row]
+    suite: str = ""
+    group: str = ""
+    varied: dict[str, Any] = field(default_factory=dict)
+    megabytes: float = 0.0
+    threads: int | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.dtype} {self.mode} {self.shape}"
+        return " ".join(filter(None, (self.group, self.dtype, self.mode, self.shape)))
 
 
 def time_rows(work: Work, workers: Mapping[str, Process], repeats: int, say: Callable[[str], None]) -> None:
