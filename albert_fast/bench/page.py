@@ -1,7 +1,7 @@
 """`albert-fast report RESULTS… -o report.html`: one page of what was measured, that needs nothing else.
 
-`page.html` beside this file is its template: the words, the tables and how they look. The pictures are from `plots`, and
-what two results differ in from `comparison`.
+`page.html` beside this file is its template: the words, the tables and how they look. The pictures are from `plots`,
+and what two results differ in from `comparison`.
 """
 
 from __future__ import annotations

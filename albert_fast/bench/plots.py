@@ -29,6 +29,7 @@ from albert_fast.bench.results import Result, Row, Work
 WIDTH = 340  # of a picture, in units
 TEXT, SMALL = 12.0, 11.0  # font sizes
 CHARACTER = 6.8  # at most as wide, in the small size
+HEADING, BAR, GAP, FOOT = 21.0, 17.0, 9.0, 22.0  # heights: of a group's name, each of its lines, what follows, an axis
 
 # What is drawn in such a colour has that variable of the page.
 _INK, _MUTED, _LINE, _GOOD, _BAD = (f"#0000f{number}" for number in range(5))
@@ -40,7 +41,7 @@ _GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶")  # the
 WORKS_A_PANEL = 6
 FEWEST_POINTS = 3  # of a curve
 MOST_TICKS = 7
-LONGEST_NAME = 26
+LONGEST_NAME, LONGEST_HEADING = 26, 40
 
 _STYLE = {
     "font.size": SMALL,
@@ -119,40 +120,48 @@ def bars(result: Result, peers: Mapping[str, Look]) -> Iterator[Picture]:
 
 @_styled
 def _bars(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> Picture:
-    heading, bar, gap = 21.0, 17.0, 9.0
-    height = sum(heading + bar * len(work.rows) + gap for work in works) + 22
+    height = sum(HEADING + BAR * len(work.rows) + GAP for work in works) + FOOT
     left = 12 + CHARACTER * max(len(_short(row.peer)) for work in works for row in work.rows)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((left / WIDTH, 22 / height, (WIDTH - left - 44) / WIDTH, 1 - 22 / height))
+    axes = figure.add_axes((left / WIDTH, FOOT / height, (WIDTH - left - 44) / WIDTH, 1 - FOOT / height))
     top = max(row.times_floor for work in works for row in work.rows if row.times_floor is not None)
-    axes.set(xlim=(0, max(top, 1.2)), ylim=(height - 22, 0), yticks=[])
+    axes.set(xlim=(0, max(top, 1.2)), ylim=(height - FOOT, 0), yticks=[])
     axes.axvline(1, **_DASHED, zorder=3)
     y, words = 0.0, []
     for work in works:
-        axes.annotate(
-            _name(work), (0, y + heading - 6), xycoords=("figure points", "data"), fontsize=TEXT, fontweight="bold"
-        )
-        y += heading
+        _heading(axes, y, _name(work))
+        y += HEADING
         said = []
         for row in work.rows:
-            middle = y + bar / 2
+            middle = y + BAR / 2
             _beside(axes, middle, _short(row.peer))
             if row.times_floor is None:
                 label, color, end = _state(row), _MUTED, 0.0
             else:
                 label, color, end = f"{row.times_floor:.2f}", _INK, row.times_floor
-                axes.barh(middle, end, height=bar - 5, color=peers[row.peer].color)
+                axes.barh(middle, end, height=BAR - 5, color=peers[row.peer].color)
             axes.annotate(label, (max(end, 1), middle), (4, 0), textcoords="offset points", va="center", color=color)
             said.append(f"{row.peer} {label}")
-            y += bar
+            y += BAR
         words.append(f"{_name(work)}: {', '.join(said)}")
-        y += gap
+        y += GAP
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.tick_params(length=0)
     axes.grid(axis="x", color=_LINE, linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     return Picture(_svg(figure, f"Times the floor. {'; '.join(words)}"), title)
+
+
+def _heading(axes: Axes, y: float, text: str) -> None:
+    """The name of a group, from the picture's left edge on."""
+    axes.annotate(
+        _short(text, LONGEST_HEADING),
+        (0, y + HEADING - 6),
+        xycoords=("figure points", "data"),
+        fontsize=TEXT,
+        fontweight="bold",
+    )
 
 
 def _beside(axes: Axes, y: float, text: str) -> None:
@@ -344,37 +353,30 @@ def changes(comparison: Comparison, what: str) -> Iterator[Picture]:
 
 
 @_styled
-def _changes(
-    title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]], colors: Mapping[str, str]
-) -> Picture:
-    heading, bar, gap = 21.0, 17.0, 9.0
-    height = sum(heading + bar * len(lines) + gap for _, lines in works) + 22
+def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]], colors: Mapping[str, str]) -> Picture:
+    height = sum(HEADING + BAR * len(lines) + GAP for _, lines in works) + FOOT
     left = 12 + CHARACTER * max(len(_short(peer)) for _, lines in works for peer, _ in lines)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((left / WIDTH, 22 / height, (WIDTH - left - 14) / WIDTH, 1 - 22 / height))
+    axes = figure.add_axes((left / WIDTH, FOOT / height, (WIDTH - left - 14) / WIDTH, 1 - FOOT / height))
     shown = [change for _, lines in works for _, change in lines]
     # Medians decide what is shown; an interval may be cut off.
     low = min(0.9, *(change.ratio for change in shown)) * 0.93
     high = max(1.1, *(change.ratio for change in shown)) * 1.07
-    axes.set(xscale="log", xlim=(low, high), ylim=(height - 22, 0), yticks=[])
+    axes.set(xscale="log", xlim=(low, high), ylim=(height - FOOT, 0), yticks=[])
     axes.axvline(1, **_DASHED, zorder=1)
     y, words = 0.0, []
     for work, lines in works:
-        axes.annotate(
-            f"{work.title.removesuffix(work.shape)}{_name(work)}",
-            (0, y + heading - 6),
-           , xycoords=("figure points", "data"), fontsize=TEXT, fontweight="bold"
-        )
-        y += heading
+        _heading(axes, y, f"{work.title.removesuffix(work.shape)}{_name(work)}")
+        y += HEADING
         for peer, change in lines:
-            middle = y + bar / 2
+            middle = y + BAR / 2
             color = colors.get(change.verdict, _MUTED)
             _beside(axes, middle, _short(peer))
             axes.plot([max(change.low, low), min(change.high, high)], [middle, middle], color=color, linewidth=2)
             axes.plot(change.ratio, middle, "o", color=color, markersize=6)
             words.append(f"{work.title}, {peer}: {change.ratio:.3f}, {change.verdict}")
-            y += bar
-        y += gap
+            y += BAR
+        y += GAP
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_minor_locator(NullLocator())
     places = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
@@ -408,8 +410,8 @@ def _state(row: Row) -> str:
     return "failed" if row.passed is False else "absent" if row.passed is None else "no figure"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _svg(figure: Figure, text: str) -> str:
