@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,13 +146,12 @@ def change(before: Sequence[float], after: Sequence[float], judged: bool = True)
 def _by_identity(works: Sequence[Work]) -> dict[tuple[Any, ...], Work]:
     """Where one is there more than once, by its number, too."""
     found: dict[tuple[Any, ...], Work] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     for work in works:
         varied = tuple(work.varied.items())
-        identity = (work.suite, work.title, varied, work.threads, work.tokens, work.labelled, work.gflop)
-        number = 0
-        while (*identity, number) in found:
-            number += 1
-        found[(*identity, number)] = work
+        about = (work.suite, work.title, varied, work.threads, work.tokens, work.labelled, work.gflop)
+        seen[about] += 1
+        found[about, seen[about]] = work
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,12 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶")  # the same, in the page's text
 
 WORKS_A_PANEL = 6
+CUT = 10  # medians: a bar is no longer
 FEWEST_POINTS = 3  # of a curve
 MOST_TICKS = 7
 LONGEST_NAME, LONGEST_HEADING = 26, 40
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": SMALL,
     "svg.fonttype": "none",
     "svg.hashsalt": "albert_fast",
@@ -120,12 +122,11 @@ def bars(result: Result, peers: Mapping[str, Look]) -> Iterator[Picture]:
 
 @_styled
 def _bars(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> Picture:
-    height = sum(HEADING + BAR * len(work.rows) + GAP for work in works) + FOOT
-    left = 12 + CHARACTER * max(len(_short(row.peer)) for work in works for row in work.rows)
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((left / WIDTH, FOOT / height, (WIDTH - left - 44) / WIDTH, 1 - FOOT / height))
-    top = max(row.times_floor for work in works for row in work.rows if row.times_floor is not None)
-    axes.set(xlim=(0, max(top, 1.2)), ylim=(height - FOOT, 0), yticks=[])
+    shown = [row.times_floor for work in works for row in work.rows if row.times_floor is not None]
+    top = min(max(shown), CUT * statistics.median([*shown, 1.0]))
+    names = [[row.peer for row in work.rows] for work in works]
+    figure, axes = _listing(names, right=CHARACTER * (3 + max(len(_number(value)) for value in shown)))
+    axes.set_xlim(0, max(top, 1.2))
     axes.axvline(1, **_DASHED, zorder=3)
     y, words = 0.0, []
     for work in works:
@@ -134,23 +135,53 @@ def _bars(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> Pictu
         said = []
         for row in work.rows:
             middle = y + BAR / 2
-            _beside(axes, middle, _short(row.peer))
             if row.times_floor is None:
                 label, color, end = _state(row), _MUTED, 0.0
             else:
-                label, color, end = f"{row.times_floor:.2f}", _INK, row.times_floor
+                cut = row.times_floor > top
+                label, color, end = f"{'→ ' * cut}{_number(row.times_floor)}", _INK, min(row.times_floor, top)
                 axes.barh(middle, end, height=BAR - 5, color=peers[row.peer].color)
             axes.annotate(label, (max(end, 1), middle), (4, 0), textcoords="offset points", va="center", color=color)
             said.append(f"{row.peer} {label}")
             y += BAR
         words.append(f"{_name(work)}: {', '.join(said)}")
         y += GAP
-    axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color=_LINE, linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
     return Picture(_svg(figure, f"Times the floor. {'; '.join(words)}"), title)
+
+
+def _listing(names: Sequence[Sequence[str]], right: float) -> tuple[Figure, Axes]:
+    """A picture of groups of lines, with the name of each line before it. A unit of the y axis is one of the picture.
+
+    Args:
+        names: of each group's lines.
+        right: what is to be left free there, for labels.
+    """
+    height = sum(HEADING + BAR * len(group) + GAP for group in names)
+    left = 12 + CHARACTER * max(len(_short(name)) for group in names for name in group)
+    whole = height + FOOT
+    figure = Figure(figsize=(WIDTH / 72, whole / 72))
+    axes = figure.add_axes((left / WIDTH, FOOT / whole, (WIDTH - left - right) / WIDTH, height / whole))
+    axes.set(ylim=(height, 0), yticks=[], axisbelow=True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", color=_LINE, linewidth=0.6)
+    y = 0.0
+    for group in names:
+        y += HEADING
+        for name in group:
+            axes.annotate(
+                _short(name),
+                (0, y + BAR / 2),
+                (-6, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+            )
+            y += BAR
+        y += GAP
+    return figure, axes
 
 
 def _heading(axes: Axes, y: float, text: str) -> None:
@@ -161,13 +192,6 @@ def _heading(axes: Axes, y: float, text: str) -> None:
         xycoords=("figure points", "data"),
         fontsize=TEXT,
         fontweight="bold",
-    )
-
-
-def _beside(axes: Axes, y: float, text: str) -> None:
-    """A name to the left of the axes."""
-    axes.annotate(
-        text, (0, y), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center"
     )
 
 
@@ -270,16 +294,15 @@ def _plot(axes: Axes, look: Look, x: list[float], y: list[float]) -> None:
     axes.plot(x, y, color=look.color, marker=look.marker, markersize=5, linewidth=1.6, zorder=3)
 
 
-def _ticks(axes: Axes, places: Sequence[float]) -> None:
+def _ticks(axes: Axes, places: Sequence[float], most: int = MOST_TICKS) -> None:
     """At the places themselves, as far as their labels have room on a log axis."""
-    ends = places[-1] / places[0]
     shown = [places[-1]]
     for place in reversed(places[:-1]):
-        # Log distance to the last one shown, as a share of the axis.
-        if ends == 1 or shown[-1] / place >= ends ** (1 / MOST_TICKS):
+        # No nearer to the last one, as a share of the axis.
+        if shown[-1] / place >= (places[-1] / places[0]) ** (1 / most) * (1 - 1e-9):
             shown.append(place)
     axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{place:,}" for place in shown]))
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{place:,.12g}" for place in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -354,15 +377,11 @@ def changes(comparison: Comparison, what: str) -> Iterator[Picture]:
 
 @_styled
 def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]], colors: Mapping[str, str]) -> Picture:
-    height = sum(HEADING + BAR * len(lines) + GAP for _, lines in works) + FOOT
-    left = 12 + CHARACTER * max(len(_short(peer)) for _, lines in works for peer, _ in lines)
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((left / WIDTH, FOOT / height, (WIDTH - left - 14) / WIDTH, 1 - FOOT / height))
-    shown = [change for _, lines in works for _, change in lines]
+    figure, axes = _listing([[peer for peer, _ in lines] for _, lines in works], right=14)
+    ratios = [change.ratio for _, lines in works for _, change in lines]
     # Medians decide what is shown; an interval may be cut off.
-    low = min(0.9, *(change.ratio for change in shown)) * 0.93
-    high = max(1.1, *(change.ratio for change in shown)) * 1.07
-    axes.set(xscale="log", xlim=(low, high), ylim=(height - FOOT, 0), yticks=[])
+    low, high = min(0.9, *ratios) * 0.93, max(1.1, *ratios) * 1.07
+    axes.set(xscale="log", xlim=(low, high))
     axes.axvline(1, **_DASHED, zorder=1)
     y, words = 0.0, []
     for work, lines in works:
@@ -371,20 +390,14 @@ def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]],
         for peer, change in lines:
             middle = y + BAR / 2
             color = colors.get(change.verdict, _MUTED)
-            _beside(axes, middle, _short(peer))
             axes.plot([max(change.low, low), min(change.high, high)], [middle, middle], color=color, linewidth=2)
             axes.plot(change.ratio, middle, "o", color=color, markersize=6)
             words.append(f"{work.title}, {peer}: {change.ratio:.3f}, {change.verdict}")
             y += BAR
         y += GAP
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_minor_locator(NullLocator())
-    places = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
-    axes.xaxis.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.12g}"))
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color=_LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    round_ones = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+    places = round_ones if high / low > 3 else MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
+    _ticks(axes, [place for place in places if low <= place <= high], most=5)
     return Picture(_svg(figure, f"{title}, B / A. {'; '.join(words)}"), title)
 
 
@@ -404,6 +417,10 @@ def _name(work: Work) -> str:
     varied = (f"{name} {value:,}" for name, value in work.varied.items() if name not in ("length", "rows", "fill"))
     fill = [f"{work.fill:.0%} real"] if "fill" in work.varied else []
     return ", ".join([work.shape, *fill, *varied])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _state(row: Row) -> str:

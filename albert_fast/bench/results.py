@@ -108,9 +108,10 @@ def read(path: str | os.PathLike[str]) -> Result | GpuResult:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # of the JSON, or of UTF-8
         raise ValueError(f"{path} is no JSON ({error}); what `albert-fast bench --json` writes was expected") from None
-    kind = GpuResult if isinstance(value, dict) and "stages" in value else Result
     try:
-        return _build(kind, value, "")
+        if isinstance(value, dict) and "stages" in value:
+            return _build(GpuResult, value, "")
+        return _build(Result, value, "")
     except _Misfit as misfit:
         raise ValueError(
             f"{path} is no report of a benchmark: {misfit}; what `albert-fast bench --json` writes was expected"
