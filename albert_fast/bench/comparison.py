@@ -170,7 +170,8 @@ def _common(a: Work, b: Work, judged: bool) -> Common:
         old, new = before[peer], after[peer]
         speedup = None
         if yardstick is not None and peer != yardstick:
-            speedup = change(_speedups(old, before[yardstick]), _speedups(new, after[yardstick]))
+            speedups = [_speedups(row, rows[yardstick]) for row, rows in ((old, before), (new, after))]
+            speedup = change(*speedups) if all(speedups) else None
         memory = new.peak_bytes / old.peak_bytes if old.peak_bytes and new.peak_bytes else None
         lines.append(Line(peer, change(_calls(old), _calls(new), judged), speedup, memory))
     return Common(a, yardstick, lines)
@@ -181,8 +182,9 @@ def _calls(row: Row | None) -> list[float]:
 
 
 def _speedups(row: Row, yardstick: Row) -> list[float]:
-    """Of the yardstick over the peer, turn by turn."""
-    return [call / other for call, other in zip(_calls(row), _calls(yardstick), strict=True)]
+    """Of the yardstick over the peer, turn by turn; none where the turns are not the same."""
+    calls, others = _calls(row), _calls(yardstick)
+    return [call / other for call, other in zip(calls, others, strict=True)] if len(calls) == len(others) else []
 
 
 def _why_none(row: Row | None) -> str:
@@ -219,7 +221,7 @@ def _differences(a: Result, b: Result) -> Iterator[tuple[str, str, str]]:
 
 
 def _plain(value: Any) -> str:
-    if value in (None, False, [], ""):
+    if value is None or value is False or value in ([], ""):
         return "not given"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))

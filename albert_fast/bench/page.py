@@ -107,7 +107,7 @@ def _facts(result: Result) -> dict[str, str]:
     machine, config = result.machine, result.config
     cpu = f"{machine.get('processor', 'a processor')}, {machine.get('cores', '?')} cores"
     options = [
-        f"{name.replace('_', ' ')} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        name if value is True else f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in result.options.items()
         if name not in _SHOWN and value not in (None, False, [], "")
     ]
@@ -150,8 +150,7 @@ def _summary(result: Result) -> list[tuple[str, str]]:
 
 
 def _range(values: Sequence[float]) -> str:
-    ends = dict.fromkeys((f"{min(values):.2f}", f"{max(values):.2f}"))
-    return "–".join(ends)
+    return "–".join(dict.fromkeys(_digits(end, 3) for end in (min(values), max(values))))
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

@@ -40,7 +40,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶")  # the same, in the page's text
 
 WORKS_A_PANEL = 6
-CUT = 10  # medians: a bar is no longer
+LONGEST_BAR = 20.0  # times the floor, or half as many medians: what is longer is cut
 FEWEST_POINTS = 3  # of a curve
 MOST_TICKS = 7
 LONGEST_NAME, LONGEST_HEADING = 26, 40
@@ -123,7 +123,7 @@ def bars(result: Result, peers: Mapping[str, Look]) -> Iterator[Picture]:
 @_styled
 def _bars(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> Picture:
     shown = [row.times_floor for work in works for row in work.rows if row.times_floor is not None]
-    top = min(max(shown), CUT * statistics.median([*shown, 1.0]))
+    top = min(max(shown), LONGEST_BAR * max(1.0, statistics.median(shown) / 2))
     names = [[row.peer for row in work.rows] for work in works]
     figure, axes = _listing(names, right=CHARACTER * (3 + max(len(_number(value)) for value in shown)))
     axes.set_xlim(0, max(top, 1.2))
@@ -341,7 +341,10 @@ def _roofline(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> P
     axes = figure.add_subplot()
     sizes = [work.gflop for work in works]
     roof = [work.gflop / work.floor_milliseconds * 1e3 for work in works if work.floor_milliseconds]
-    axes.plot([sizes[0] / 1.5, *sizes, sizes[-1] * 1.5], [roof[0], *roof, roof[-1]], **_DASHED)
+    if any(work.megabytes for work in works):  # each has a floor of its own
+        axes.plot(sizes, roof, color=_INK, linestyle="none", marker="_", markersize=16)
+    else:
+        axes.plot([sizes[0] / 1.5, *sizes, sizes[-1] * 1.5], [roof[0], *roof, roof[-1]], **_DASHED)
     said = []
     for work in works:
         for row in work.rows:

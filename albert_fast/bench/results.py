@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import types
@@ -111,7 +112,9 @@ def read(path: str | os.PathLike[str]) -> Result | GpuResult:
     try:
         if isinstance(value, dict) and "stages" in value:
             return _build(GpuResult, value, "")
-        return _build(Result, value, "")
+        result = _build(Result, value, "")
+        _check_times(result)
+        return result
     except _Misfit as misfit:
         raise ValueError(
             f"{path} is no report of a benchmark: {misfit}; what `albert-fast bench --json` writes was expected"
@@ -157,6 +160,17 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
     if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
         raise _Misfit(f"{place} is {_what(value)}, not {getattr(wanted, '__name__', 'a number')}")
     return value
+
+
+def _check_times(result: Result) -> None:
+    for work in result.works:
+        for row in work.rows:
+            times = [*([] if row.milliseconds is None else [row.milliseconds]), *(row.all_milliseconds or [])]
+            if not all(0 < time < math.inf for time in times):
+                raise _Misfit(f"{row.peer}'s times at {work.title} are {', '.join(map(str, times))}")
+    for name, rate in result.matrix_gflops.items():
+        if not 0 < rate < math.inf:
+            raise _Misfit(f"matrix_gflops[{name!r}] is {rate}")
 
 
 def _what(value: Any) -> str:
