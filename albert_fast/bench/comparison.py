@@ -170,8 +170,8 @@ def _common(a: Work, b: Work, judged: bool) -> Common:
         old, new = before[peer], after[peer]
         speedup = None
         if yardstick is not None and peer != yardstick:
-            speedups = [_speedups(row, rows[yardstick]) for row, rows in ((old, before), (new, after))]
-            speedup = change(*speedups) if all(speedups) else None
+            speedups, then = _speedups(old, before[yardstick]), _speedups(new, after[yardstick])
+            speedup = change(speedups, then) if speedups and then else None
         memory = new.peak_bytes / old.peak_bytes if old.peak_bytes and new.peak_bytes else None
         lines.append(Line(peer, change(_calls(old), _calls(new), judged), speedup, memory))
     return Common(a, yardstick, lines)
