@@ -149,6 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="where a step's time goes: a Chrome trace and a table")
     arguments.add_profile_to(profile)
     profile.set_defaults(run=_profile)
+
+    report = commands.add_parser("report", help="a page, in one file, of what `bench --json` has written")
+    report.add_argument("results", nargs="+", metavar="RESULT", help="JSON files of `albert-fast bench` or `make gpu`")
+    report.add_argument("-o", "--output", required=True, metavar="HTML", help="the page to make")
+    report.add_argument(
+        "--compare", action="store_true", help="of two results, A and B: what changed from A to B beyond noise"
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -395,6 +403,14 @@ def _profile(args: argparse.Namespace) -> int:
     from albert_fast.bench import profile
 
     return profile.main(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from albert_fast.bench import page
+
+    page.write(args.results, args.output, compare=args.compare)
+    print(f"wrote {args.output}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

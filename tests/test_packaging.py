@@ -73,6 +73,7 @@ def test_sdist_and_wheel(copy_of_the_tree, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "albert_fast/kernels/__init__.py" in names
     assert "albert_fast/py.typed" in names
+    assert "albert_fast/bench/page.html" in names
     csrc = ROOT / "csrc"
     sources = [path.relative_to(csrc) for path in csrc.rglob("[!.]*.*") if "tests" not in path.parts]
     assert {f"albert_fast/csrc/{path.as_posix()}" for path in sources} <= set(names)

@@ -157,7 +157,7 @@ def compare(
             row.passed = row.reason is None
             if not row.passed:
                 workers.pop(row.peer).close()
-        time_rows(work, workers, repeats, say)
+        time_rows(work, workers, repeats, lambda text: say(f"{work.title}: {text}"))
     finally:
         for worker in workers.values():
             worker.close()

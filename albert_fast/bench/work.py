@@ -73,7 +73,7 @@ class Work:
 
 def time_rows(work: Work, workers: Mapping[str, Contender], repeats: int, say: Callable[[str], None]) -> None:
     """Times the peers that have a worker, in turn, and fills in the figures of their rows."""
-    seconds = interleave(workers, repeats, lambda name: say(f"{work.title}: timing {name}"))
+    seconds = interleave(workers, repeats, lambda name: say(f"timing {name}"))
     fastest = median(seconds["albert_fast"]) if "albert_fast" in seconds else None
     for row in work.rows:
         if row.peer not in seconds:
