@@ -80,10 +80,6 @@ NOT_MEASURED = {
         "at a confidence of 0.6",
     ),
     "the peak that the GPU's maker states": ("of 989 TFLOP/s",),
-    "benchmarks/attention.py has no committed report yet": (
-        "float32 250 and 220, 252 and 210 (PyTorch 217 and 225, 216 and 213); bfloat16 264 and 267, 216 and 253 "
-        "(PyTorch 135 and 108, 115 and 102)",
-    ),
 }
 
 _FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
