@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,7 +311,9 @@ def test_this_packages_error_fails_the_command(monkeypatch):
 
 def pytest_benchmarks(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+    # What a worker of pytest-xdist finds there switches pytest-benchmark off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
 
 
 def test_pytest_benchmarks(request, tmp_path):
