@@ -21,6 +21,7 @@ from albert_fast.bench.rates import Rates
 from albert_fast.bench.suites import SUITES
 from albert_fast.bench.suites.setting import Setting
 from albert_fast.bench.work import Row
+from albert_fast.bench.worker import with_threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,7 +96,7 @@ def measure(benchmark: Any, current: Current, request: pytest.FixtureRequest, ca
         if reason is not None:
             pytest.skip(f"{peer}: {reason}")
         row = Row(peer)
-        with chosen.with_threads(), contextlib.closing(chosen.open(peer)) as contender:
+        with with_threads(chosen.threads), contextlib.closing(chosen.open(peer)) as contender:
             examine(chosen, row, contender)
             benchmark.group = " ".join(filter(None, (chosen.suite, case)))
             about = {**current.about(chosen), "error": row.error, "limit": row.limit}

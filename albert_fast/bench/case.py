@@ -15,7 +15,7 @@ import torch
 from albert_fast import kept_memory, memory
 from albert_fast.bench.parity import Results
 from albert_fast.bench.work import Row, Work, time_rows
-from albert_fast.bench.worker import CPU, TURN, Contender, WorkerError, time_call
+from albert_fast.bench.worker import CPU, TURN, Contender, WorkerError, time_call, with_threads
 
 
 @dataclass(kw_only=True)
@@ -74,15 +74,6 @@ class Case(ABC):
         return Work(
             **{**known, **values}, **{name: getattr(self, name) for name in own}, floor_milliseconds=None, rows=[]
         )
-
-    @contextlib.contextmanager
-    def with_threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 class Here:
@@ -162,7 +153,7 @@ def examine(case: Case, row: Row, contender: Contender) -> None:
 
 def run_case(case: Case, repeats: int, say: Callable[[str], None] = lambda text: None) -> Work:
     """Every peer of the case: who is right is timed, in turn."""
-    with case.with_threads(), contextlib.ExitStack() as stack:
+    with with_threads(case.threads), contextlib.ExitStack() as stack:
         # Processes begin while the rest is prepared.
         contenders: dict[str, Contender] = {}
         rows = [Row(peer, reason=case.refuses(peer)) for peer in case.peers]

@@ -40,7 +40,7 @@ from albert_fast.bench.suites.model import ModelCase, Subject
 from albert_fast.bench.suites.ops import OPERATIONS, operation_case
 from albert_fast.bench.suites.setting import Setting, lengths_of, random_batch
 from albert_fast.bench.work import Row
-from albert_fast.bench.worker import CPU, Contender
+from albert_fast.bench.worker import CPU, Contender, with_threads
 
 # How much slower, relative to the reference, is a regression.
 BAND = 0.12
@@ -164,7 +164,7 @@ def attempt(case: Case, turns: int = TURNS) -> float:
     Raises:
         WrongError: one of the two computes the wrong thing.
     """
-    with case.with_threads():
+    with with_threads(case.threads):
         pair = Pair(case)
         wrong = pair.wrong()
         if wrong is not None:

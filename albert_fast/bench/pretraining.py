@@ -11,7 +11,6 @@ other.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from albert_fast.bench.arguments import TRAINERS, Shape
 from albert_fast.bench.data import Text
 from albert_fast.bench.parity import Results
 from albert_fast.bench.peers.albert_fast import forced_backend
+from albert_fast.bench.peers.base import missing
 from albert_fast.bench.work import Row, Work, time_rows
 from albert_fast.bench.worker import TURN, Process, WorkerError, median, peak_bytes, read_request, synchronize
 from albert_fast.pretraining.examples import Batch, ExampleOptions, Examples
@@ -184,8 +184,7 @@ def oracle_losses(
 
 def refuses(peer: str) -> str | None:
     packages = ("transformers", "accelerate") if peer == THEIRS else ()
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else None
+    return missing(packages, " ".join(packages))
 
 
 def _what_is_wrong(losses: list[float], ours: list[float], error: float) -> str | None:

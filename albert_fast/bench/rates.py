@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from albert_fast.bench.formats import FORMATS, Format
 from albert_fast.bench.work import Work
+from albert_fast.bench.worker import with_threads
 from albert_fast.flops import Operations, matrix_rate
 
 # Copies of each size are repeated for so long, in seconds.
@@ -41,7 +41,7 @@ class Rates:
     def probe(self, work: Work, again: bool = False) -> None:
         """Raises the rates that the work's floor needs to what is seen now; of products, which take seconds to probe,
         only where there are none yet, or `again`."""
-        with _threads(work.threads) as threads:
+        with with_threads(work.threads) as threads:
             if work.gflop and (again or not self._knows_products(work, threads)):
                 rates = self.products.setdefault(threads, {})
                 numbers = FORMATS[work.dtype]
@@ -85,13 +85,3 @@ def copy_rate(size: int, device: torch.device) -> float:
 def _power(size: float) -> int:
     """The power of two below."""
     return 1 << max(10, int(size).bit_length() - 1)
-
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield number or before
-    finally:
-        torch.set_num_threads(before)

@@ -9,6 +9,7 @@ The process is `python -m albert_fast.bench.worker REQUEST`; it answers each lin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,17 @@ from albert_fast.config import AlbertConfig
 from albert_fast.memory import peak_resident_bytes
 
 CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def with_threads(number: int | None) -> Iterator[int]:
+    """PyTorch has so many threads inside; as many as before when None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield number or before
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import pytest
 from albert_fast import backends
 from albert_fast.bench import check
 from albert_fast.bench.check import BAND, Finding
+from albert_fast.bench.worker import with_threads
 
 # Short, for a test; the command takes more turns.
 TURNS = 15
@@ -24,7 +25,7 @@ def chosen():
 
 def seconds_of(case) -> float:
     """The fastest of many calls of this package."""
-    with case.with_threads():
+    with with_threads(case.threads):
         contender = case.open(check.OURS)
         contender.results()
         times = []

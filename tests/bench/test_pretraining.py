@@ -1,6 +1,7 @@
 """`albert-fast bench --pretrain`: the same rows, the same losses, and what is timed, on models that take no time."""
 
 import argparse
+import importlib.util
 import json
 
 import pytest
@@ -192,7 +193,7 @@ def test_who_is_wrong_gets_no_figure(losses, says, state, batches, monkeypatch):
 
 def test_without_the_trainer(state, batches, monkeypatch):
     absent = lambda package: None if package == "accelerate" else object()  # noqa: E731
-    monkeypatch.setattr(pretraining.importlib.util, "find_spec", absent)
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
     monkeypatch.setattr(pretraining, "Trained", Here)
     work = new_work()
     pretraining.compare(work, CONFIG, state, batches[SHAPES[0]], CPU, 1)

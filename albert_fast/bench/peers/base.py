@@ -21,14 +21,13 @@ def missing(packages: tuple[str, ...], install: str) -> str | None:
     return f"{' and '.join(absent)} not installed: pip install {install}" if absent else None
 
 
-class Peer(ABC):
-    """One implementation of a masked language model whose parameters have transformers' names.
+class Participant:
+    """Who is measured, be it a whole model (`Peer`) or single operations (`OperationPeer`).
 
     Attributes:
         name: in the table and in the report.
         packages: what must be importable; `install` is what pip is to be given for it.
-        modes, dtypes, devices: what it can be asked for. "int8" is for weights and activations of the encoder's
-            products, all else in float32; "autocast" for float32 weights under torch.autocast to bfloat16.
+        modes, dtypes, devices: what it can be asked for.
     """
 
     name: str
@@ -43,9 +42,19 @@ class Peer(ABC):
         for asked, known in ((device, self.devices), (mode, self.modes), (dtype, self.dtypes)):
             if asked not in known:
                 return f"it has {', '.join(known)}, not {asked}"
-        if (mode, dtype) == ("training", "int8"):
-            return "int8 is for inference"
         return missing(self.packages, self.install)
+
+
+class Peer(Participant, ABC):
+    """One implementation of a masked language model whose parameters have transformers' names.
+
+    Of its dtypes "int8" is for weights and activations of the encoder's products, all else in float32; "autocast" for
+    float32 weights under torch.autocast to bfloat16.
+    """
+
+    def refuses(self, mode: str, dtype: str, device: str) -> str | None:
+        trains_in_int8 = (mode, dtype) == ("training", "int8")
+        return super().refuses(mode, dtype, device) or ("int8 is for inference" if trains_in_int8 else None)
 
     @abstractmethod
     def build(

@@ -9,34 +9,15 @@ from torch import Tensor
 
 from albert_fast import ops
 from albert_fast.bench.peers.albert_fast import forced_backend
-from albert_fast.bench.peers.base import missing
+from albert_fast.bench.peers.base import Participant
 
 
-class OperationPeer:
+class OperationPeer(Participant):
     """Implementations of operations of `albert_fast.ops`: a method for each that it has, under the operation's name.
 
     A method takes the operation's tensors and options by name, as `albert_fast.ops` does (no dropout), and gives the
     same output, through which autograd finds its way where gradients are measured.
-
-    Attributes:
-        name: in the table and in the report.
-        packages: what must be importable; `install` is what pip is to be given for it.
-        modes, dtypes, devices: what it can be asked for.
     """
-
-    name: str
-    packages: tuple[str, ...] = ()
-    install: str = "'albert_fast[peers]'"
-    modes: tuple[str, ...] = ("inference", "training")
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    devices: tuple[str, ...] = ("cpu", "cuda")
-
-    def refuses(self, mode: str, dtype: str, device: str) -> str | None:
-        """Why it has no part in such work here, in one line; None where it has."""
-        for asked, known in ((device, self.devices), (mode, self.modes), (dtype, self.dtypes)):
-            if asked not in known:
-                return f"it has {', '.join(known)}, not {asked}"
-        return missing(self.packages, self.install)
 
     def run(self, operation: str, arguments: dict[str, Any]) -> Tensor:
         """One call."""
