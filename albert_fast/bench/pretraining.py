@@ -184,7 +184,7 @@ def oracle_losses(
 
 def refuses(peer: str) -> str | None:
     packages = ("transformers", "accelerate") if peer == THEIRS else ()
-    return missing(packages, " ".join(packages))
+    return missing(packages)
 
 
 def _what_is_wrong(losses: list[float], ours: list[float], error: float) -> str | None:

@@ -15,10 +15,10 @@ from albert_fast.bench.formats import FORMATS, Format
 from albert_fast.config import AlbertConfig
 
 
-def missing(packages: tuple[str, ...], install: str) -> str | None:
-    """Which of them cannot be imported, in one line that says how to mend it."""
+def missing(packages: tuple[str, ...], install: str | None = None) -> str | None:
+    """Which of them cannot be imported, in one line that says how to mend it; `install` None: by their own names."""
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(absent)} not installed: pip install {install}" if absent else None
+    return f"{' and '.join(absent)} not installed: pip install {install or ' '.join(absent)}" if absent else None
 
 
 class Participant:
