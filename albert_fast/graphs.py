@@ -10,6 +10,7 @@ batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -90,8 +91,10 @@ class GraphedModel(nn.Module):
         check(input_ids.device == self.model.device, f"input_ids is on {input_ids.device}, the model elsewhere")
         batch, length = input_ids.shape
         shape = self._shape_for(batch, length)
+        if attention_mask is not None and attention_mask.dtype != input_ids.dtype:
+            attention_mask = attention_mask != 0
         given = {
-            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "labels": labels,
@@ -115,7 +118,7 @@ class GraphedModel(nn.Module):
         training = self.model.training and torch.is_grad_enabled()
         check(not training or labels is not None, "labels is None; in training mode the graph computes the loss")
         recorded = self._record(shape, tensors, options, training)
-        results = recorded(tensors)
+        results = recorded(tensors, (batch, length))
         return results if training else _cut(results, batch, length, shape)
 
     def _shape_for(self, batch: int, length: int) -> tuple[int, int]:
@@ -135,7 +138,8 @@ class GraphedModel(nn.Module):
             self._recorded.clear()
             self._addresses = addresses
         device = self.model.device.type
-        kinds = tuple((name, tensor.dtype, tensor.dim()) for name, tensor in tensors.items())
+        # A mask that is not given is one of ones.
+        kinds = tuple((name, t.dtype, t.dim()) for name, t in tensors.items() if name != "attention_mask")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (shape, kinds, tuple(sorted(options.items())), training, self.model.training, autocast)
         if key not in self._recorded:
@@ -154,23 +158,41 @@ class _Recorded:
         options: dict[str, Any],
         training: bool,
     ) -> None:
-        self.fill = {name: _FILL[name] for name in tensors}
+        self.fill = {name: _FILL[name] for name in ("attention_mask", *tensors)}
         self.fill["input_ids"] = model.config.pad_token_id or 0
         self.inputs = {
             name: tensor.new_full(shape[: tensor.dim()], self.fill[name]) for name, tensor in tensors.items()
         }
+        self.mask = self.inputs["attention_mask"] = tensors["input_ids"].new_zeros(shape)
         # What is run while it is recorded has a token in each row.
-        self.inputs["attention_mask"][:, 0] = 1
-        with backends.for_graphs():
+        self.mask[:, 0] = 1
+        self.ones: tuple[int, int] | None = None  # rows and columns of the mask that are 1, where no other was given
+        with backends.for_graphs(), _casts_not_kept(model.device):
             self.run = (_training_step if training else _inference)(model, self.inputs, options)
 
-    def __call__(self, tensors: dict[str, Tensor]) -> Any:
+    def __call__(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Any:
+        if "attention_mask" in tensors:
+            self.ones = None
+        elif self.ones != shape:
+            self.mask.zero_()
+            self.mask[: shape[0], : shape[1]] = 1
+            self.ones = shape
+        parts = []
         for name, tensor in tensors.items():
             static = self.inputs[name]
             if tensor.shape != static.shape:
                 static.fill_(self.fill[name])
-            static[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+                static = static[tuple(slice(size) for size in tensor.shape)]
+            parts.append(static)
+        torch._foreach_copy_(parts, list(tensors.values()))
         return self.run()
+
+
+def _casts_not_kept(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast keeps parameters that it has cast until its end: a graph would read these, not the parameters."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
 
 
 def _inference(model: AlbertPreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[[], Any]:

@@ -100,16 +100,6 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class Apart(AlbertFast):
-    """This package without the products of cuBLASLt that end in an activation."""
-
-    name = "albert_fast without cuBLASLt"
-
-    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        with environment(ALBERT_FAST_CUBLASLT="0"):
-            return super().loss_and_gradients(batch, scale)
-
-
 class Graphed(AlbertFast):
     """This package's encoder as a CUDA graph of the batch's shape."""
 
@@ -126,3 +116,33 @@ class Graphed(AlbertFast):
     def inference(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             return self.graph(**batch.inputs()).last_hidden_state
+
+
+class GraphedTraining(AlbertFast):
+    """This package's forward and backward as CUDA graphs of the batch's shape."""
+
+    name = "albert_fast graphed"
+
+    def build(
+        self, config: AlbertConfig, state_dict: Mapping[str, Tensor], dtype: str, device: torch.device, batch: Batch
+    ) -> None:
+        super().build(config, state_dict, dtype, device, batch)
+        self.graph = graphed(self.model, shapes=[tuple(batch.input_ids.shape)])
+
+    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        self.model.zero_grad(set_to_none=True)
+        with self.numbers.forward(batch.input_ids.device):
+            loss = self.graph(**batch.inputs(), labels=batch.labels)
+        (loss * scale).backward()
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients
+
+
+class GraphedApart(GraphedTraining):
+    """The same without the products of cuBLASLt that end in an activation, or in a sum."""
+
+    name = "albert_fast graphed, without cuBLASLt"
+
+    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        with environment(ALBERT_FAST_CUBLASLT="0"):
+            return super().loss_and_gradients(batch, scale)

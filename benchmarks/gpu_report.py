@@ -53,7 +53,7 @@ TARGETS = (
     Target("encoder of 16 tokens, us", "resident", "16 tokens", OURS, "microseconds", 100, False),
     Target("encoder of 128 tokens, us", "resident", "128 tokens", OURS, "microseconds", 280, False),
     Target("its barrier, us", "resident", "what it rests on", "grid barrier", "microseconds", 1.5, False, "{:.2f}"),
-    Target("base training at 512, MFU", *_TRAINING, OURS, "mfu", 0.45, True, "{:.1%}"),
+    Target("base training at 512, MFU", *_TRAINING, f"{OURS} graphed", "mfu", 0.45, True, "{:.1%}"),
     Target("its speed over transformers' torch.compile", *_TRAINING, _COMPILED, "ratio", 1.3, True, "{:.2f}x"),
     Target("that one's memory over ours", *_TRAINING, _COMPILED, "memory_ratio", 2.0, True, "{:.2f}x"),
 )

@@ -7,8 +7,8 @@ pass in half precision (qkv 6, context 2, both sums 4, inner 8 at four times the
 rows: a pass's input is rebuilt from the sum before it.
 
 The layer is the same in every pass, so its weight gradient is one product over the tokens of all passes. Backward
-gathers what it multiplies over as many passes as make the product deep enough to fill the GPU, at most
-`GATHERED_TOKENS` tokens, and adds the products in float32.
+gathers what it multiplies over as many passes as make the product deep enough to fill the GPU and memory allows, at
+most `GATHERED_TOKENS` tokens, and adds the products in float32.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from torch import Tensor
 from albert_fast.kernels.attention_backward import attention_backward
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
+from albert_fast.kernels.launch import cdiv, memory_bytes
 from albert_fast.kernels.products import activation_gradient, add_weight_gradient, linear_activation
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
-# tokens most of them would have nothing to do. From this depth on cuBLAS splits it well enough by itself.
-GATHERED_TOKENS = 16384
+# tokens most of them would have nothing to do. Over many cuBLAS splits the sum, and each product costs a kernel that
+# clears memory, one that adds the parts, and one more reading and writing of the float32 total.
+GATHERED_TOKENS = 65536
+
+# What is gathered takes at most this part of the device's memory, unless a single pass takes more.
+_GATHERED_SHARE = 1 / 64
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -307,8 +312,12 @@ class _Gathered(NamedTuple):
 
     @classmethod
     def empty(cls, loop: _Loop, passes: int) -> _Gathered:
+        return cls(*(loop.empty(size, passes) for size in cls.widths(loop)))
+
+    @staticmethod
+    def widths(loop: _Loop) -> tuple[int, ...]:
         width, wide = loop.width, loop.intermediate
-        return cls(*(loop.empty(size, passes) for size in (width, wide, wide, width, width, 3 * width, width)))
+        return width, wide, wide, width, width, 3 * width, width
 
 
 class _LayerGradients:
@@ -436,7 +445,7 @@ def encoder_backward(
     grad = grad_output[-1] if options.return_all else grad_output
     loop = _Loop(grad, parameters, cu_seqlens, max_seqlen, options)
     gradients = [_LayerGradients(loop) for _ in loop.layers]
-    runs = list(_runs(loop.layer_of_pass, max(1, GATHERED_TOKENS // max(1, loop.tokens))))
+    runs = list(_runs(loop.layer_of_pass, _most_gathered(loop)))
     gathered = _Gathered.empty(loop, max(last - first for first, last in runs))
     if options.recompute == "layer":
         again, context = loop.forward_memory(), loop.empty(loop.width, gathered.x.shape[0])
@@ -475,6 +484,16 @@ def _apart(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Not by what autograd knows of views: in inference mode and below a dispatch mode it knows of none.
     """
     return tensor.to(dtype, copy=tensor.untyped_storage().nbytes() != tensor.nbytes)
+
+
+def _most_gathered(loop: _Loop) -> int:
+    """How many passes; fewer where the last run would be short."""
+    passes, tokens = len(loop.layer_of_pass), max(1, loop.tokens)
+    most = GATHERED_TOKENS // tokens
+    if loop.like.is_cuda:
+        of_a_pass = sum(_Gathered.widths(loop)) * tokens * loop.like.element_size()
+        most = min(most, int(_GATHERED_SHARE * memory_bytes(loop.like.device)) // of_a_pass)
+    return cdiv(passes, cdiv(passes, max(1, min(most, passes)))) if passes else 1
 
 
 def _runs(layer_of_pass: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -289,3 +289,9 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 4
+
+
+@functools.cache
+def memory_bytes(device: torch.device) -> int:
+    """All of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory

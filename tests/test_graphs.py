@@ -30,6 +30,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[dict
         def watch(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> Any:
             made.append(inputs)
             assert backends.are_for_graphs()
+            autocast = torch.is_autocast_enabled(model.device.type)
+            assert not (autocast and torch.is_autocast_cache_enabled())  # it would hold casts of the parameters
             return record(model, inputs, options)
 
         return watch
@@ -122,7 +124,38 @@ def test_follows_the_parameters(recorded, device):
     assert len(recorded) == 2
 
 
-def test_trains(recorded, device):
+def test_a_mask_of_any_kind_or_none(recorded, device):
+    model = albert_fast.AlbertModel(config()).to(device).eval()
+    graphed = albert_fast.graphed(model, [(3, 12)])
+    ids, mask = batch(2, 9, device).values()
+    with torch.no_grad():
+        masked, full = model(ids, mask)[0], model(ids)[0]
+    for given, expected in ((mask, masked), (None, full), (None, full), (mask.bool(), masked), (mask * 0.5, masked)):
+        torch.testing.assert_close(graphed(ids, given)[0], expected, rtol=1e-4, atol=1e-5)
+    ids = ids[:1, :4].contiguous()
+    with torch.no_grad():
+        expected = model(ids)[0]
+    torch.testing.assert_close(graphed(ids)[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 1
+
+
+def test_autocast_follows_the_parameters(recorded, device):
+    model = albert_fast.AlbertModel(config()).to(device).eval()
+    graphed = albert_fast.graphed(model, [(2, 9)])
+    inputs = batch(2, 9, device)
+    for _ in range(2):
+        with torch.autocast(device.type, torch.bfloat16):
+            actual = graphed(**inputs)[0]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            expected = model(**inputs)[0]
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+        with torch.no_grad():
+            model.encoder.embedding_hidden_mapping_in.weight.mul_(-1.0)
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trains(autocast, recorded, device):
     torch.manual_seed(0)
     model = albert_fast.AlbertForMaskedLM(config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).to(device)
     graphed = albert_fast.graphed(model.train(), [(4, 16)])
@@ -132,15 +165,18 @@ def test_trains(recorded, device):
         labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
         labels[0, 0] = 5
         graphed.zero_grad()
-        loss = graphed(**inputs, labels=labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = graphed(**inputs, labels=labels)
         loss.backward()
         actual = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         model.zero_grad()
-        expected = model(**inputs, labels=labels).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            expected = model(**inputs, labels=labels).loss
         expected.backward()
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, expected, rtol=1e-2 if autocast else 1e-4, atol=1e-5)
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-3, atol=1e-5)
+            bounds = {"rtol": 5e-2, "atol": 2e-3} if autocast else {"rtol": 1e-3, "atol": 1e-5}
+            torch.testing.assert_close(actual[name], parameter.grad, **bounds)
     assert len(recorded) == 1
 
 

@@ -102,6 +102,9 @@ def limits(
         return _INT8, largest
     yardstick = Reference()
     yardstick.build(config, state_dict, dtype, batch.input_ids.device, batch)
+    yardstick.model.set_recompute(
+        "layer"
+    )  # the whole batch at once: of a large model its passes are more than a GPU holds
     return min(TOLERANCE * error(results(yardstick, batch, mode), expected), largest), largest
 
 

@@ -1,6 +1,6 @@
-// Attention of the resident encoder: a block takes 16 queries of a head at a time, whose sequences' keys are all among
+// Attention of the resident encoder, in two ways. Attention: a block takes 16 queries of a head at a time, whose sequences' keys are all among
 // at most 128 tokens. The warps share out keys for the scores, and columns for the sum over values, for which each has
-// the probabilities of all rows and keys in its registers.
+// the probabilities of all rows and keys in its registers. HeadOfTile: a warp has all of a head of the only tile.
 #pragma once
 #include "resident_block.h"
 
@@ -180,6 +180,96 @@ struct Attention {
       if (part != first) sync_block();  // the scores of the part before were read
       if (tile < block.tiles) run_part(tile, first_head + (part >> block.log_tiles));
     }
+  }
+};
+
+// A head of the first 16 tokens, when there are no others: query, key and value, then the context, in a warp's registers.
+template <class T, class S>
+struct HeadOfTile {
+  static constexpr int kChunks = S::kHeadChunks;
+
+  Block<T, S>* block;
+  Eight query[kChunks][2], key[kChunks][2], value[kChunks][2];  // of tokens `row` and `row + 8`
+  uint32_t p[4];            // probabilities before they are divided by their sum
+  float inverse_sums[2];    // of rows `row` and `row + 8`; 0: no keys
+
+  ALBERT_DEVICE HeadOfTile(Block<T, S>& b, int head) : block(&b) {
+    const int hidden = b.layout().hidden;
+    const T* from = b.args.qkv + b.row * 3 * hidden + head * b.layout().head_dim() + b.quad * 8;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const T* at = from + half * 8 * 3 * hidden + chunk * kChunk;
+        query[chunk][half] = load_shared_by_blocks(at);
+        key[chunk][half] = load_shared_by_blocks(at + hidden);
+        value[chunk][half] = load_shared_by_blocks(at + 2 * hidden);
+      }
+    }
+  }
+
+  ALBERT_DEVICE void attend() {
+    Four sums[2] = {};  // of keys 0 to 7 and 8 to 15
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const Eight(&q)[2] = query[chunk];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Eight& k = key[chunk][i];
+        multiply_add(sums[i], {q[0].pair[0], q[1].pair[0], q[0].pair[1], q[1].pair[1]}, k.pair[0], k.pair[1], T{});
+        multiply_add(sums[i], {q[0].pair[2], q[1].pair[2], q[0].pair[3], q[1].pair[3]}, k.pair[2], k.pair[3], T{});
+      }
+    }
+    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(block->layout().head_dim()));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Sequence s = block->sequences()[block->row + half * 8];
+      float x[4], largest = -INFINITY, sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int k = i / 2 * 8 + block->quad * 2 + i % 2;
+        x[i] = k >= s.begin && k < s.end ? sums[i / 2].value[2 * half + i % 2] * scale : -INFINITY;
+        largest = fmaxf(largest, x[i]);
+      }
+      for (int mask = 1; mask < 4; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+      if (largest == -INFINITY) largest = 0;  // no keys, or none but NaN, which stay
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += x[i] = exp2_fast(x[i] - largest);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) p[2 * i + half] = pack_pair(x[2 * i], x[2 * i + 1], T{});
+      for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
+      inverse_sums[half] = sum == 0.0f ? 0.0f : inverse(sum);
+    }
+  }
+
+  // 32 columns of the context of tokens `row` and `row + 8`, as the first operand of a matrix instruction. What a lane
+  // has of a value's row, columns 2 i and 2 i + 1 of its eight, counts as columns 2 quad and 2 quad + 1 of a unit: so
+  // they come out where the next product wants them.
+  ALBERT_DEVICE void context(int chunk, Eight (&to)[2]) const {
+    Four total[4] = {};
+    for (int token = 0; token < block->args.tokens;) {  // by sequences: each row sees its own values alone
+      const Sequence s = block->sequences()[token];
+      const int end = s.begin == s.end ? token + 1 : s.end;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t v[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          v[half] = Attention<T, S>::masked(transpose(value[chunk][half].pair[i]), half * 8 + block->quad * 2, s);
+        Four sum{};
+        multiply_add(sum, p, v[0], v[1], T{});
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int r = block->row + j / 2 * 8;
+          if (r >= token && r < end) total[i].value[j] = sum.value[j] * inverse_sums[j / 2];
+        }
+      }
+      token = end;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[half].pair[i] = pack_pair(total[i].value[2 * half], total[i].value[2 * half + 1], T{});
   }
 };
 

@@ -25,7 +25,6 @@ struct Arguments {
   T* inner;             // [tokens][inner], after the activation
   T* summed;            // [tokens][hidden], before the second LayerNorm
   Statistics* partial;  // [tokens][norm_parts]: of the last that was written of attended and summed
-  float* norms;         // [4][hidden]: weight and bias of the first LayerNorm, then of the second
 #ifdef ALBERT_RESIDENT_TIMES
   long long* times;  // [block][pass][kPhases]
 #endif
@@ -65,7 +64,7 @@ struct Block {
 
   ALBERT_DEVICE decltype(auto) layout() const { return S::layout(args.layout); }
   ALBERT_DEVICE const char* weights(int matrix) const { return shared + layout().weights[matrix]; }
-  // which: 0 the bias, 1 and 2 the LayerNorm's weight and bias, of the block's own columns.
+  // Of the block's own columns; which: see Layout.
   ALBERT_DEVICE float* vector(int matrix, int which) const {
     return reinterpret_cast<float*>(shared + layout().vectors[matrix]) + which * layout().units[matrix] * kUnit;
   }
@@ -76,10 +75,6 @@ struct Block {
   ALBERT_DEVICE Sequence* sequences() const { return reinterpret_cast<Sequence*>(shared + layout().sequences); }
   // Of each tile the chunks of keys that its rows see.
   ALBERT_DEVICE Sequence* keys() const { return reinterpret_cast<Sequence*>(shared + layout().keys); }
-  ALBERT_DEVICE const float* norm(int which) const {
-    return (layout().has_norms ? reinterpret_cast<const float*>(shared + layout().norms) : args.norms) +
-           which * layout().hidden;
-  }
 
   // Rows beyond the tokens are the last one once more: nothing of them is kept.
   ALBERT_DEVICE int real_row(int r) const { return least(r, args.tokens - 1); }

@@ -2,9 +2,14 @@
 //
 //   query, key, value | attention | dense + residual | ffn, gelu | ffn_output + residual
 //
-// with a barrier of the whole grid at each |, and at the first one of a cluster where there are clusters. LayerNorm has no
-// step of its own: who writes a row leaves the statistics of its columns, and who reads it adds those up on the way.
-#include "resident_attention.h"
+// with a barrier of the whole grid at each |, and at the first one of a cluster where there are clusters; of up to 16 tokens
+// every block computes all of attention itself, in place of the second barrier. LayerNorm has no step of its own: who
+// writes a row leaves the statistics of its columns, and who reads it adds those up on the way. Its weight is multiplied
+// into that of the product that follows it, whose sums are then
+//
+//   LN(x) Wᵀ + b = ((x - mean) / deviation * weight + bias) Wᵀ + b = (x W'ᵀ - mean u) / deviation + c
+//
+// with W' = W weight, u its rows' sums and c = W bias + b, so that no product waits for statistics.
 #include "resident_product.h"
 
 namespace albert {
@@ -70,7 +75,7 @@ struct Encoder {
     }
   }
 
-  // Biases and the LayerNorms' weights: those of the block's own columns, and all where a product reads them.
+  // Of the block's own columns the biases, and weight and bias of the residuals' LayerNorms.
   ALBERT_DEVICE void load_vectors() {
 #pragma unroll
     for (int matrix = 0; matrix < kMatrices; ++matrix)
@@ -84,16 +89,58 @@ struct Encoder {
         const int weight = weight_of(matrix, column);
         block.vector(matrix, 0)[i] = parameter(weight + 1, column);
       }
-    const auto norm = [&](int i) {
-      const int place = i < 2 * layout().hidden ? kAttentionNorm : kNorm;
-      return parameter(place + i / layout().hidden % 2, i % layout().hidden);
-    };
-    if (layout().has_norms)
-      for (int i = block.thread; i < 4 * layout().hidden; i += kThreads)
-        reinterpret_cast<float*>(block.shared + layout().norms)[i] = norm(i);
-    else  // first read after barriers of the grid
-      for (int i = block.index * kThreads + block.thread; i < 4 * layout().hidden; i += block_count() * kThreads)
-        args.norms[i] = norm(i);
+  }
+
+  // Of a matrix after a LayerNorm W', u and c (see above), in place; who calls has no sums in shared memory.
+  template <int kMatrix>
+  ALBERT_DEVICE void fold() {
+    const int norm = kMatrix == kQkv ? kNorm : kAttentionNorm, units = layout().units[kMatrix];
+    const int chunks = layout().chunks[kMatrix];
+    float u[kMostUnits] = {}, c[kMostUnits] = {};
+    for (int chunk = block.warp; chunk < chunks; chunk += kWarps) {
+      float weight[8], bias[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        weight[i] = parameter(norm, chunk * kChunk + block.quad * 8 + i);
+        bias[i] = parameter(norm + 1, chunk * kChunk + block.quad * 8 + i);
+      }
+#pragma unroll
+      for (int unit = 0; unit < kMostUnits; ++unit) {
+        if (unit >= units) break;
+        Eight& at = *reinterpret_cast<Eight*>(block.shared + layout().weights[kMatrix] +
+                                              (unit * chunks + chunk) * kChunkBytes +
+                                              block.lane * static_cast<int>(sizeof(Eight)));
+        Eight w = at;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float first = low<T>(w.pair[i]), second = high<T>(w.pair[i]);
+          c[unit] += first * bias[2 * i] + second * bias[2 * i + 1];
+          w.pair[i] = pack_pair(first * weight[2 * i], second * weight[2 * i + 1], T{});
+          u[unit] += low<T>(w.pair[i]) + high<T>(w.pair[i]);
+        }
+        at = w;
+      }
+    }
+    float* sums = block.sums();  // [warp][u, c][units][8]
+#pragma unroll
+    for (int unit = 0; unit < kMostUnits; ++unit) {
+      if (unit >= units) break;
+      for (int mask = 1; mask < 4; mask *= 2) {
+        u[unit] += shuffle_xor(u[unit], mask);
+        c[unit] += shuffle_xor(c[unit], mask);
+      }
+      if (block.quad != 0) continue;
+      sums[(block.warp * 2 * units + unit) * kUnit + block.row] = u[unit];
+      sums[((block.warp * 2 + 1) * units + unit) * kUnit + block.row] = c[unit];
+    }
+    sync_block();
+    for (int i = block.thread; i < 2 * units * kUnit; i += kThreads) {
+      const bool is_c = i >= units * kUnit;
+      float total = is_c ? block.vector(kMatrix, 0)[i - units * kUnit] : 0.0f;
+      for (int warp = 0; warp < kWarps; ++warp) total += sums[warp * 2 * units * kUnit + i];
+      block.vector(kMatrix, 1)[i] = total;  // u, and c after it
+    }
+    sync_block();
   }
 
   // Of every row its sequence, none beyond the last; offsets that are no offsets are brought into the tokens' range.
@@ -129,7 +176,7 @@ struct Encoder {
       for (int column = 2 * block.lane; column < layout().hidden; column += 2 * kWarp) {
         const uint32_t x = load_pair_shared_by_blocks(args.summed + r * layout().hidden + column);
         const auto one = [&](float value, int i) {
-          return (value - s.mean) * s.scale * block.norm(2)[i] + block.norm(3)[i];
+          return (value - s.mean) * s.scale * parameter(kNorm, i) + parameter(kNorm + 1, i);
         };
         *reinterpret_cast<uint32_t*>(output + r * layout().hidden + column) =
             pack_pair(one(low<T>(x), column), one(high<T>(x), column + 1), T{});
@@ -144,6 +191,8 @@ struct Encoder {
     find_sequences();
     wait_copies();
     sync_block();
+    fold<kFfn>();
+    const bool every_block_attends = S::kHeadChunks > 0 && block.tiles == 1;
     // Each product prepares while the blocks wait for each other.
 #pragma unroll 1
     for (int pass = 0;; ++pass) {
@@ -160,16 +209,22 @@ struct Encoder {
       }
       block.mark();
       qkv.run();
+      if (first) {  // which has no LayerNorm before it
+        sync_block();
+        fold<kQkv>();
+      }
       block.mark();
-      if (layout().cluster > 1)
-        sync_cluster();
-      else
-        block.sync_grid([] {});
-      block.begin();
-      block.mark();
-      Attention<T, S>(block).run();
-      block.mark();
-      run<kDense>(args.context, first);
+      if (!every_block_attends) {
+        if (layout().cluster > 1)
+          sync_cluster();
+        else
+          block.sync_grid([] {});
+        block.begin();
+        block.mark();
+        Attention<T, S>(block).run();
+        block.mark();
+      }
+      run<kDense>(every_block_attends ? args.qkv : args.context, first);
       run<kFfn>(args.attended, first);
       run<kFfnOutput>(args.inner, first);
     }

@@ -137,12 +137,10 @@ int find_layout(const albert_resident_shape& shape, const Device& device, Layout
     const auto has_room = [&] { return serves(layout) && layout.shared_bytes <= device.shared_bytes; };
     if (is_made_for<InClusters>(shape, blocks, cluster, layout) && has_room()) return true;
     if (is_made_for<Alone>(shape, blocks, cluster, layout) && has_room()) return true;
-    for (const int tiles : {kMostTiles, 2})
-      for (const bool has_norms : {true, false}) {
-        layout = make_layout(0, shape.hidden, shape.inner, shape.heads, blocks, cluster, AnySizes::kTilesOfWarp, tiles,
-                             has_norms);
-        if (has_room()) return true;
-      }
+    for (const int tiles : {kMostTiles, 2}) {
+      layout = make_layout(0, shape.hidden, shape.inner, shape.heads, blocks, cluster, AnySizes::kTilesOfWarp, tiles);
+      if (has_room()) return true;
+    }
     return false;
   };
   const auto allow = [&] { return with_sizes(layout, [&](auto s) { return allow_shared<T, decltype(s)>(device); }); };
@@ -213,7 +211,6 @@ size_t lay_out(Arguments<T>& a, int hidden, int inner, int tokens, char* base) {
   a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
   a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
   a.partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
-  a.norms = reinterpret_cast<float*>(take(static_cast<size_t>(hidden) * 4 * sizeof(float)));
 #ifdef ALBERT_RESIDENT_TIMES
   a.times = reinterpret_cast<long long*>(take(kTimesBytes));
 #endif
@@ -267,7 +264,13 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
     a.cu_seqlens = given->cu_seqlens;
     for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
     a.output = static_cast<T*>(given->output);
-    return with_sizes(a.layout, [&](auto s) { return start<T, decltype(s)>(a, stream); });
+    return with_sizes(a.layout, [&](auto s) {
+      using S = decltype(s);
+      // Blocks that have nothing to multiply with have attention to do, unless every block does all of it.
+      if constexpr (S::kHeadChunks > 0)
+        if (a.tokens <= kTile) a.layout.blocks = S::kLeastBlocks;
+      return start<T, S>(a, stream);
+    });
   });
 }
 

@@ -37,11 +37,10 @@ struct Layout {
   int chunks[kMatrices];  // of each that it holds, at most
   int tiles_of_warp;
   int tiles_at_once;  // whose sums a cluster's blocks have room for
-  bool has_norms;     // in shared memory, where there is room; they are in the workspace as well
   // Where what lies in shared memory, bytes.
   int weights[kMatrices];
-  int vectors[kMatrices];  // [bias, weight and bias of the residual's LayerNorm][units][8] floats
-  int norms;               // [4][hidden] floats
+  int vectors[kMatrices];  // [3][units][8] floats: the bias; of a residual's LayerNorm weight and bias; of a LayerNorm
+                           // before the product what Encoder::fold finds
   int sums;                // [part of the sum][row][units][8] floats; attention's scores lie there, too
   int received;            // [rank][row][units][8] floats: from the cluster's other blocks
   int arrivals;            // of what is received
@@ -107,7 +106,7 @@ struct Sequence {
 //   - dense and ffn_output are cut along their inputs: a cluster's blocks have a part of the same units each, read only
 //     that part of the activations, and send their sums to the block of the cluster that finishes the row.
 ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, int heads, int blocks, int cluster,
-                                         int tiles_of_warp, int tiles_at_once, bool has_norms) {
+                                         int tiles_of_warp, int tiles_at_once) {
   Layout l{};
   l.instance = instance;
   l.hidden = hidden;
@@ -117,7 +116,6 @@ ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, in
   l.cluster = cluster;
   l.tiles_of_warp = tiles_of_warp;
   l.tiles_at_once = tiles_at_once;
-  l.has_norms = has_norms;
   const int clusters = blocks / cluster;
   l.units[kQkv] = cluster == 1 ? divide_up(3 * hidden / kUnit, blocks) : divide_up(heads, clusters) * l.head_units();
   l.units[kDense] = l.units[kFfnOutput] = divide_up(hidden / kUnit, clusters);
@@ -135,7 +133,6 @@ ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, in
     l.vectors[matrix] = take(3 * l.units[matrix] * kUnit * 4);
     widest = most(widest, l.units[matrix] * kUnit);
   }
-  l.norms = take(has_norms ? 4 * hidden * 4 : 0);
   l.sums = take(most(kWarps * tiles_of_warp * kTile * widest * 4, kTile * kScoreStride * 4));
   l.received = take(cluster == 1 ? 0 : tiles_at_once * kTile * l.units[kDense] * kUnit * 4);
   l.arrivals = take(cluster == 1 ? 0 : static_cast<int>(sizeof(Arrivals)));

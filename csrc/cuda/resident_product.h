@@ -4,7 +4,7 @@
 // All tiles of 16 rows go side by side: each group of warps has its own, and the warps of a group share the sum's chunks
 // out among them. Parts of a sum are added in a fixed order, so that the same bits come out each time.
 #pragma once
-#include "resident_block.h"
+#include "resident_attention.h"
 
 namespace albert {
 
@@ -20,13 +20,12 @@ struct Product {
   struct Part {
     int first, step, count, tile, tiles;
     uint32_t rows[kTiles][2];  // how far from x they lie, bytes
-    Norm of[kTiles][2];
   };
 
   Block<T, S>& block;
   const Arguments<T>& args;
   const bool normalizes;  // the first pass takes its input, and adds it, as it is
-  const T* x;             // [tokens][inputs]
+  const T* x;             // [tokens][inputs]; for kDense also [tokens][3 hidden], query, key and value of one tile
   const int units, inputs, chunks, chunk_begin;
   const int at_once;    // tiles of a round: all, but in clusters whose blocks have little room
   const int log_parts;  // of a sum: one a warp of its group
@@ -56,31 +55,6 @@ struct Product {
           for (int half = 0; half < 2; ++half)
             to.x[j][t][half] = load_shared_by_blocks(reinterpret_cast<const char*>(x) +
                                                      (p.rows[t][half] + (i + j) * p.step * kChunk * 2u));
-  }
-
-  ALBERT_DEVICE static float at(const Eight& x, int i) {
-    return i % 2 == 0 ? low<T>(x.pair[i / 2]) : high<T>(x.pair[i / 2]);
-  }
-  ALBERT_DEVICE void normalize(Eight (&now)[kTiles][2], const Part& p, int chunk) const {
-    float weight[8], bias[8];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* from = block.norm(kMatrix == kFfn ? 0 : 2) + chunk * kChunk + block.quad * 8 + i * 4;
-      const Four w = *reinterpret_cast<const Four*>(from), b = *reinterpret_cast<const Four*>(from + layout().hidden);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) weight[4 * i + j] = w.value[j], bias[4 * i + j] = b.value[j];
-    }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      if (t < p.tiles)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Eight& e = now[t][half];
-          const Norm s = p.of[t][half];
-          const auto one = [&](int i) { return (at(e, i) - s.mean) * s.scale * weight[i] + bias[i]; };
-#pragma unroll
-          for (int i = 0; i < 4; ++i) e.pair[i] = pack_pair(one(2 * i), one(2 * i + 1), T{});
-        }
   }
 
   ALBERT_DEVICE void multiply(Four (&sums)[kTiles][kMostUnits], const Eight (&now)[kTiles][2], const Part& p,
@@ -131,17 +105,7 @@ struct Product {
     const Part& p = part;
     Batch next{};
     load(next, p, 0);
-    if (kNormalizes && normalizes) {
-      if (first_tile == 0) {
-        find_norms();
-        sync_block();
-      }
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          part.of[t][half] = block.row_norms()[least(row_of(first_tile, t, half), kMostTokens - 1)];
-    }
+    if (kNormalizes && normalizes && first_tile == 0) find_norms();  // while the rows are on their way
     Four sums[kTiles][kMostUnits] = {};
 #pragma unroll 1
     for (int i = 0; i < p.count; i += kBatch) {
@@ -150,11 +114,12 @@ struct Product {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
         if (i + j < p.count) {
-          const int chunk = p.first + (i + j) * p.step;
-          if (kNormalizes && normalizes) normalize(now.x[j], p, chunk);
-          multiply(sums, now.x[j], p, chunk);
+          multiply(sums, now.x[j], p, p.first + (i + j) * p.step);
         }
     }
+    leave(sums, p, rows_of_part);
+  }
+  ALBERT_DEVICE void leave(const Four (&sums)[kTiles][kMostUnits], const Part& p, int rows_of_part) const {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
       if (t < p.tiles)
@@ -167,6 +132,27 @@ struct Product {
           *reinterpret_cast<Two*>(to) = {{s.value[0], s.value[1]}};
           *reinterpret_cast<Two*>(to + 8 * units * kUnit) = {{s.value[2], s.value[3]}};
         }
+  }
+
+  // The same of one tile's context, which no block wrote: a warp computes heads of it, and multiplies them as they are.
+  ALBERT_DEVICE void add_heads(int rows_of_part) {
+    using Head = HeadOfTile<T, S>;
+    Four sums[kTiles][kMostUnits] = {};
+    const int heads = layout().heads;
+    Head next(block, block.warp < heads ? block.warp : 0);
+#pragma unroll 1
+    for (int head = block.warp; head < heads; head += kWarps) {
+      Head now = next;
+      if (head + kWarps < heads) next = Head(block, head + kWarps);
+      now.attend();
+#pragma unroll
+      for (int chunk = 0; chunk < S::kHeadChunks; ++chunk) {
+        Eight context[kTiles][2] = {};
+        now.context(chunk, context[0]);
+        multiply(sums, context, part, head * S::kHeadChunks + chunk);
+      }
+    }
+    leave(sums, part, rows_of_part);
   }
 
   // ---- from part to part ----
@@ -201,7 +187,7 @@ struct Product {
     const Product& product;
     int first_tile, rows, log_width, width, place, column, step, steps;
     float share;  // one over the columns
-    float bias[2], weight[2], shift[2];
+    float bias[2], weight[2], shift[2];  // of the columns: see Layout::vectors
     uint32_t residual[2];
 
     ALBERT_DEVICE Finish(const Product& p, int first, int tiles_here)
@@ -216,7 +202,7 @@ struct Product {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         bias[i] = p.block.vector(kMatrix, 0)[place * 2 + i];
-        if (!kHasResidual) continue;
+        if (!kHasResidual && !p.normalizes) continue;
         weight[i] = p.block.vector(kMatrix, 1)[place * 2 + i];
         shift[i] = p.block.vector(kMatrix, 2)[place * 2 + i];
       }
@@ -268,8 +254,14 @@ struct Product {
       float a = 0, b = 0;
 #pragma unroll
       for (int t = 0; t < kWarps; ++t) a += part[t].value[0], b += part[t].value[1];
-      a += bias[0];
-      b += bias[1];
+      if (kNormalizes && product.normalizes) {
+        const Norm s = product.block.row_norms()[least(r, kMostTokens - 1)];
+        a = (a - s.mean * weight[0]) * s.scale + shift[0];
+        b = (b - s.mean * weight[1]) * s.scale + shift[1];
+      } else {
+        a += bias[0];
+        b += bias[1];
+      }
       if constexpr (!kHasResidual) {
         if (!on) return;
         T* to = kMatrix == kQkv ? args.qkv : args.inner;
@@ -316,7 +308,14 @@ struct Product {
     for (int first = 0; first < block.tiles; first += at_once) {
       const int tiles_here = least(block.tiles - first, at_once);
       const int parts = 1 << log_parts, rows_of_part = kTiles * kTile * kWarps >> log_parts;
-      add_chunks(first, rows_of_part);
+      if constexpr (kMatrix == kDense && S::kHeadChunks > 0) {
+        if (x == args.qkv)
+          add_heads(rows_of_part);
+        else
+          add_chunks(first, rows_of_part);
+      } else {
+        add_chunks(first, rows_of_part);
+      }
       Finish end(*this, first, tiles_here);
       sync_block();
       const float* from = block.sums();
