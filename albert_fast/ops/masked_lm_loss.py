@@ -112,7 +112,7 @@ def masked_lm_loss_reference(
     )
 
 
-def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+def _divisor(labels: Tensor, ignore_index: int) -> Tensor:
     """How many tokens have a label, but 1 where none has: what a mean is divided by."""
     return (labels != ignore_index).sum().clamp(min=1)
 
@@ -121,13 +121,13 @@ def reduced(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -
     """The sum or mean of the tokens' losses [tokens], a scalar; for "none" empty."""
     if reduction == "none":
         return losses.new_empty(0)
-    return losses.sum() if reduction == "sum" else losses.sum() / _labelled(labels, ignore_index)
+    return losses.sum() if reduction == "sum" else losses.sum() / _divisor(labels, ignore_index)
 
 
 def gradient_of_losses(grad_loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """The gradient of each token's loss [tokens], from that of what they were reduced to."""
     if reduction == "mean":
-        grad_loss = grad_loss / _labelled(labels, ignore_index)
+        grad_loss = grad_loss / _divisor(labels, ignore_index)
     return grad_loss.expand(labels.shape)
 
 
@@ -302,7 +302,7 @@ def masked_lm_loss(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    return _checked(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction)[0]
+    return _masked_lm_loss(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction)[0]
 
 
 def masked_lm_loss_with_statistics(
@@ -317,13 +317,13 @@ def masked_lm_loss_with_statistics(
     reduction: str = "mean",
 ) -> tuple[Tensor, MaskedLMStatistics]:
     """`masked_lm_loss`, and what was seen on the way: each token's loss, logsumexp and whether its label came first."""
-    loss, losses, logsumexp, correct = _checked(
+    loss, losses, logsumexp, correct = _masked_lm_loss(
         x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction
     )
     return loss, MaskedLMStatistics(losses.detach(), logsumexp, correct, labels != ignore_index)
 
 
-def _checked(
+def _masked_lm_loss(
     x: Tensor,
     table: Tensor,
     bias: Tensor,
