@@ -16,6 +16,7 @@ from torch import Tensor
 from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
+from albert_fast.ops.masked_lm_loss import gradient_of_losses, nothing_kept, reduced
 from albert_fast.prepared import CODES, packed_weights, quantized_weights
 
 # csrc/cpu/gemm.h
@@ -452,9 +453,10 @@ def _masked_lm_loss(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+) -> tuple[Tensor, ...]:
+    losses, logsumexp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     correct = x.new_empty(x.shape[0], dtype=torch.bool)
     torch.ops.albert_fast_native.masked_lm_loss(
         _rows(x),
@@ -464,11 +466,11 @@ def _masked_lm_loss(
         ignore_index,
         label_smoothing,
         z_loss,
-        loss,
+        losses,
         logsumexp,
         correct,
     )
-    return loss, logsumexp, correct, x.new_empty(0)
+    return losses, reduced(losses, labels, ignore_index, reduction), logsumexp, correct, *nothing_kept(x, training)
 
 
 @_implements("masked_lm_loss_backward")
@@ -480,14 +482,17 @@ def _masked_lm_loss_backward(
     labels: Tensor,
     logsumexp: Tensor,
     token_grads: Tensor,
+    positions: Tensor,
+    count: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = x.new_empty(x.shape)
     grad_table, grad_bias = _floats(table, bias)
     torch.ops.albert_fast_native.masked_lm_loss_backward(
-        grad_loss.contiguous(),
+        gradient_of_losses(grad_loss, labels, ignore_index, reduction).contiguous(),
         _rows(x),
         _rows(table.to(x.dtype)),
         bias.to(x.dtype),

@@ -92,7 +92,7 @@ _FUNCTIONS = {
     "encoder_backward": "encoder.encoder_backward",
     "encoder_kept_shapes": "encoder.kept_shapes",
     "masked_lm_loss": "masked_lm_loss.masked_lm_loss",
-    "masked_lm_loss_token_grads_shape": "masked_lm_loss.masked_lm_loss_token_grads_shape",
+    "masked_lm_loss_kept": "masked_lm_loss.masked_lm_loss_kept",
     "masked_lm_loss_backward": "masked_lm_loss_table.masked_lm_loss_backward",
 }
 

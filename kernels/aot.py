@@ -435,14 +435,15 @@ class _Calls:
         output = self.operations["embed_layer_norm"](*arguments)
         self.operations["embed_layer_norm_backward"](torch.empty_like(output), *arguments)
 
-    def masked_lm_loss(self, smoothing: float, z_loss: float, training: bool = True, size: int = 128) -> None:
+    def masked_lm_loss(
+        self, smoothing: float, z_loss: float, training: bool = True, size: int = 128, reduction: str = "mean"
+    ) -> None:
         x = self.new(self.tokens, size)
         arguments = x, self.parameter(self.vocabulary, size), self.parameter(self.vocabulary), self.ids
-        options = -100, smoothing, z_loss
-        loss, logsumexp, _, token_grads = self.operations["masked_lm_loss"](*arguments, *options, training)
+        options = -100, smoothing, z_loss, reduction
+        _, loss, logsumexp, _, *kept = self.operations["masked_lm_loss"](*arguments, *options, training)
         if training:
-            grad = torch.empty_like(loss)
-            self.operations["masked_lm_loss_backward"](grad, *arguments, logsumexp, token_grads, *options)
+            self.operations["masked_lm_loss_backward"](loss, *arguments, logsumexp, *kept, *options)
 
 
 def calls(dtype: torch.dtype) -> None:
@@ -465,7 +466,7 @@ def variants(dtype: torch.dtype) -> None:
     if dtype == torch.float16:
         return  # that gradient is scaled there; all else is as in bfloat16
     call.masked_lm_loss(0.0, 0.0, training=False)
-    call.masked_lm_loss(0.0, 0.0, size=256)
+    call.masked_lm_loss(0.0, 0.0, size=256, reduction="sum")
     call.masked_lm_loss(0.0, 0.0, size=512)
     call.embed_layer_norm(0.0)
     call.embed_layer_norm(0.1, embeds=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,15 +43,15 @@ TILES = Tiles(
 )
 
 
-def labelled_tokens(labels: Tensor, ignore_index: int, count: Tensor) -> Tensor:
-    """The tokens whose label is not `ignore_index`, ascending: int32 [tokens], of which the first `count` are written.
+def labelled_tokens(labels: Tensor, ignore_index: int, positions: Tensor, count: Tensor) -> None:
+    """Finds the tokens whose label is not `ignore_index`.
 
     Args:
         labels: int64 [tokens], contiguous, at least one.
+        positions: int32 [tokens]; its first `count` are written, ascending.
         count: int32, its first element is written.
     """
     tokens = labels.shape[0]
-    positions = labels.new_empty(tokens, dtype=torch.int32)
     launch(
         labelled_tokens_kernel,
         lambda blocks: (cdiv(tokens, blocks["BLOCK"]),),
@@ -64,4 +63,3 @@ def labelled_tokens(labels: Tensor, ignore_index: int, count: Tensor) -> Tensor:
         tiles=TILES,
         dtype=labels.dtype,
     )
-    return positions

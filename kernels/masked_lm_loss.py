@@ -12,7 +12,7 @@ What a program finds for a block of rows is a part; a second kernel merges the p
 and adds what concerns the label alone.
 
 Precision: logits, softmax and sums in float32; the exponentials are rounded to the dtype of x before their product with
-the table. The logit of the label is summed in another order than those of the tiles.
+the table. The logit of the label is summed in another order than those of the tiles. A last kernel reduces the losses.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from albert_fast.kernels.launch import (
     multiprocessors,
     next_power_of_2,
 )
+from albert_fast.ops.masked_lm_loss import nothing_kept
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -331,6 +332,26 @@ def merge_kernel(
             store_rows(token_grads, labelled_token, inside, grad, SIZE)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def loss_reduction_kernel(
+    losses,  # float32 [tokens]
+    count,  # int32 [1]: how many tokens are labelled; the losses of the others are zero
+    loss,  # float32 [1]: the sum, or with MEAN the mean over the labelled ones
+    tokens,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, so that the order of the sum is fixed: 4 bytes a token, of which it reads a million in 0.1 ms."""
+    index = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, tokens, BLOCK):
+        sums += tl.load(losses + first + index, mask=index < tokens - first, other=0.0)
+    total = tl.sum(sums)
+    if MEAN:
+        total = tl.div_rn(total, tl.maximum(tl.load(count), 1).to(tl.float32))
+    tl.store(loss, total)
+
+
 def _config(block_m: int, block_v: int, per_sm: int, num_warps: int, num_stages: int) -> Config:
     return Config({"BLOCK_M": block_m, "BLOCK_V": block_v, "PER_SM": per_sm}, num_warps, num_stages)
 
@@ -384,12 +405,21 @@ MERGE_TILES = {
 }
 
 
+_REDUCTION = dict.fromkeys(ARCHITECTURES, (Config({"BLOCK": 16384}, num_warps=32),))
+REDUCTION_TILES = Tiles(Config({"BLOCK": 64}), half=_REDUCTION, single=_REDUCTION)
+
+
 def tiles_of(tables: dict[int, Tiles], block_e: int) -> Tiles:
     return tables[max(128, block_e)]
 
 
-def masked_lm_loss_token_grads_shape(x: Tensor, training: bool) -> tuple[int, ...]:
-    return tuple(x.shape) if training and x.shape[1] <= MOST_COLUMNS else (0,)
+def masked_lm_loss_kept(x: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for token_grads, positions and count."""
+    tokens, size = x.shape
+    if size > MOST_COLUMNS:
+        return nothing_kept(x, training)
+    token_grads = x.new_empty((tokens, size) if training else 0)
+    return token_grads, x.new_empty(tokens, dtype=torch.int32), x.new_empty(4, dtype=torch.int32)
 
 
 def masked_lm_loss(
@@ -400,25 +430,28 @@ def masked_lm_loss(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, logsumexp, correct and, if `training`, the gradients of each token's own loss with respect to its x.
+) -> tuple[Tensor, ...]:
+    """The losses, what they are reduced to, logsumexp, correct, and for the backward token_grads, positions and count.
 
     A label outside the vocabulary matches no word: its loss is that of a logit of 0.
     """
     tokens, size = x.shape
     if size > MOST_COLUMNS:
         reference = backends.REFERENCE.load()["masked_lm_loss"]
-        return reference(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training)
-    loss, logsumexp = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+        return reference(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction, training)
+    losses, logsumexp = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    loss = losses.new_empty(0 if reduction == "none" else ())
     correct = x.new_empty(tokens, dtype=torch.bool)
-    token_grads = x.new_empty(masked_lm_loss_token_grads_shape(x, training))
+    token_grads, positions, header = masked_lm_loss_kept(x, training)
+    results = losses, loss, logsumexp, correct, token_grads, positions, header
     if tokens == 0:
-        return loss, logsumexp, correct, token_grads
+        loss.zero_()
+        return results
     x, table = rows_of(x), table.to(x.dtype).contiguous()
     bias, labels = bias.contiguous(), labels.contiguous()
-    header = labels.new_empty(4, dtype=torch.int32)
-    positions = labelled_tokens(labels, ignore_index, header)
+    labelled_tokens(labels, ignore_index, positions, header)
     smoothed = label_smoothing > 0.0
     table_sum = table.sum(dim=0, dtype=torch.float32) if smoothed else None
     bias_sum = bias.sum(dtype=torch.float32) if smoothed else None
@@ -473,7 +506,7 @@ def masked_lm_loss(
             values,
             table_sum,
             bias_sum,
-            loss,
+            losses,
             logsumexp,
             correct.view(torch.uint8),
             token_grads if training else None,
@@ -490,7 +523,19 @@ def masked_lm_loss(
             dtype=x.dtype,
             **constants,
         )
-    return loss, logsumexp, correct, token_grads
+    if reduction != "none":
+        launch(
+            loss_reduction_kernel,
+            lambda blocks: (1,),
+            losses,
+            header,
+            loss,
+            tokens,
+            tiles=REDUCTION_TILES,
+            dtype=losses.dtype,
+            MEAN=reduction == "mean",
+        )
+    return results
 
 
 def rows_of(x: Tensor) -> Tensor:

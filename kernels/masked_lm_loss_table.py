@@ -4,7 +4,8 @@ atomics.
 A program owns a tile of the vocabulary and goes over all labelled tokens, as the keys and values of attention do in its
 backward: it computes their logits again, from them dz = (1 + 2 c L) exp(z - L) - (1 - s) [label] - s / V times the
 gradient of the token's loss, and sums dz x. The forward has left the gradient of x, up to that factor. A first kernel
-applies it, and lays the labelled tokens' rows and numbers side by side: every tile of the vocabulary reads them.
+applies it, and lays the labelled tokens' rows and numbers side by side: every tile of the vocabulary reads them. Where
+the loss was a mean it also divides by how many labels there were, which the device alone knows.
 
 Precision: all in float32, but dz is rounded to the dtype of x before its product with x. In float16, where a
 probability times 1 / tokens would vanish, dz is scaled by what makes the largest gradient of a loss 2**14.
@@ -18,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.kernels.labelled_tokens import labelled_tokens
 from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, dot_precision, launch, next_power_of_2
 from albert_fast.kernels.masked_lm_loss import (
     LOG2E,
@@ -36,13 +36,22 @@ _PADDING = tl.constexpr(128)
 _ROWS = tl.constexpr(32)  # of a program that gathers
 
 
+@triton.jit
+def _grad_of_losses(grad_loss, token, exists, stride, labelled, MEAN: tl.constexpr):
+    """The gradient of these tokens' losses; with MEAN from that of the mean over the `labelled` tokens there are."""
+    grad = tl.load(grad_loss + token.to(tl.int64) * stride, mask=exists, other=0.0)
+    if MEAN:
+        grad = tl.div_rn(grad, tl.maximum(labelled, 1).to(tl.float32))
+    return grad
+
+
 @triton.jit(do_not_specialize=["tokens", "ignore_index", "z_loss", "grad_loss_stride"])
 def gather_kernel(
     x,  # [tokens, SIZE]
     labels,  # int64 [tokens]
     positions,  # int32 [tokens]: the labelled ones
     count,  # int32 [1]: how many they are
-    grad_loss,  # float32 [tokens]
+    grad_loss,  # float32 [tokens], or of their sum or mean: [1], stride 0
     logsumexp,  # float32 [tokens]
     token_grads,  # [tokens, SIZE]
     grad_x,  # [tokens, SIZE]
@@ -61,16 +70,17 @@ def gather_kernel(
     SIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     EXACT: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     """_ROWS tokens for grad_x, and as many labelled ones for the rest."""
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = row < tokens
     labelled = inside & (tl.load(labels + row, mask=inside, other=0) != ignore_index)
-    grad = tl.load(grad_loss + row.to(tl.int64) * grad_loss_stride, mask=labelled, other=0.0)
+    rows = tl.load(count)
+    grad = _grad_of_losses(grad_loss, row, labelled, grad_loss_stride, rows, MEAN)
     grads = gather_rows(token_grads, row, labelled, SIZE, SIZE, BLOCK_E).to(tl.float32) * grad[:, None]
     store_rows(grad_x, row, inside, grads, SIZE)
 
-    rows = tl.load(count)
     if tl.program_id(0) * _ROWS >= tl.cdiv(rows, _PADDING) * _PADDING:
         return
     exists = row < rows
@@ -81,7 +91,7 @@ def gather_kernel(
     # A row that is none: exp(logit - infinity) is 0.
     scaled_log = total_log if EXACT else total_log * LOG2E
     tl.store(exponent + row, tl.where(exists, scaled_log, float("inf")))
-    grad = tl.load(grad_loss + token.to(tl.int64) * grad_loss_stride, mask=exists, other=0.0)
+    grad = _grad_of_losses(grad_loss, token, exists, grad_loss_stride, rows, MEAN)
     slope = 1.0 + 2.0 * z_loss * total_log
     tl.store(factor + row, grad * slope)
     if weight is not None:
@@ -207,29 +217,31 @@ def masked_lm_loss_backward(
     labels: Tensor,
     logsumexp: Tensor,
     token_grads: Tensor,
+    positions: Tensor,
+    count: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, table and bias, each in its own dtype."""
     tokens, size = x.shape
     options = (ignore_index, label_smoothing, z_loss)
     if size > MOST_COLUMNS:
         reference = backends.REFERENCE.load()["masked_lm_loss_backward"]
-        return reference(grad_loss, x, table, bias, labels, logsumexp, token_grads, *options)
+        kept = (logsumexp, token_grads, positions, count)
+        return reference(grad_loss, x, table, bias, labels, *kept, *options, reduction)
     if tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in (x, table, bias))
     x, labels, bias = rows_of(x), labels.contiguous(), bias.contiguous()
     if token_grads.shape != x.shape:  # of a forward that was told that no gradients would be asked for
-        *_, token_grads = masked_lm_loss(x, table, bias, labels, *options, True)
+        *_, token_grads, positions, count = masked_lm_loss(x, table, bias, labels, *options, "none", True)
     vocabulary = table.shape[0]
     block_e = max(16, next_power_of_2(size))
     grad_x = x.new_empty(tokens, size)
     grad_table, grad_bias = table.new_empty(table.shape), bias.new_empty(vocabulary)
     table = table.to(x.dtype).contiguous()
 
-    count = labels.new_empty(1, dtype=torch.int32)
-    positions = labelled_tokens(labels, ignore_index, count)
     padded = cdiv(tokens, _PADDING.value) * _PADDING.value
     programs = padded // _ROWS.value
     labelled_x = x.new_empty(padded, block_e)
@@ -259,12 +271,13 @@ def masked_lm_loss_backward(
         ignore_index,
         z_loss,
         x.stride(0),
-        grad_loss.stride(0),
+        grad_loss.stride(0) if reduction == "none" else 0,
         tiles=GATHER_TILES,
         dtype=x.dtype,
         SIZE=size,
         BLOCK_E=block_e,
         EXACT=x.dtype == torch.float32,
+        MEAN=reduction == "mean",
     )
     launch(
         table_gradient_kernel,

@@ -51,6 +51,7 @@ KERNEL_KINDS = {
     "labelled_tokens_kernel": LOSS,
     "masked_lm_loss_kernel": LOSS,
     "merge_kernel": LOSS,
+    "loss_reduction_kernel": LOSS,
     "gather_kernel": LOSS,
     "table_gradient_kernel": LOSS,
     "gelu_kernel": REST,

@@ -8,10 +8,11 @@ with s the label smoothing (Szegedy et al., arXiv 1512.00567, section 7) and c t
 2204.02311, section 5). Its gradient is dz = (1 + 2 c L) softmax(z) - (1 - s) onehot(y) - s / V.
 
 Shapes: x [tokens, E], table [V, E], bias [V], labels [tokens]; per-token results [tokens], zero where there is no
-label. The reference reads x at the labelled positions only, and holds the logits of a few hundred of them at a time;
-backward computes them again, which at E = 128 costs less than it would to store them.
+label, and the loss they are reduced to, a scalar. The reference reads x at the labelled positions only, and holds the
+logits of a few hundred of them at a time; backward computes them again, which at E = 128 costs less than it would to
+store them.
 
-Precision: logits are in float32 at least once they are summed; the products are in the dtype of x.
+Precision: logits are in float32 at least once they are summed, and so are losses; the products are in the dtype of x.
 """
 
 from __future__ import annotations
@@ -111,6 +112,30 @@ def masked_lm_loss_reference(
     )
 
 
+def _divisor(labels: Tensor, ignore_index: int) -> Tensor:
+    """How many tokens have a label, but 1 where none has: what a mean is divided by."""
+    return (labels != ignore_index).sum().clamp(min=1)
+
+
+def reduced(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The sum or mean of the tokens' losses [tokens], a scalar; for "none" empty."""
+    if reduction == "none":
+        return losses.new_empty(0)
+    return losses.sum() if reduction == "sum" else losses.sum() / _divisor(labels, ignore_index)
+
+
+def gradient_of_losses(grad_loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The gradient of each token's loss [tokens], from that of what they were reduced to."""
+    if reduction == "mean":
+        grad_loss = grad_loss / _divisor(labels, ignore_index)
+    return grad_loss.expand(labels.shape)
+
+
+def nothing_kept(x: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """token_grads, positions and count of a backend whose backward begins anew."""
+    return x.new_empty(0), x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=torch.int32)
+
+
 @backends.reference("masked_lm_loss")
 def _forward(
     x: Tensor,
@@ -120,9 +145,10 @@ def _forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = masked_lm_loss_reference(
+) -> tuple[Tensor, ...]:
+    losses, logsumexp, correct = masked_lm_loss_reference(
         x,
         table.to(x.dtype),
         bias.to(x.dtype),
@@ -131,7 +157,7 @@ def _forward(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    return *results, x.new_empty(0)
+    return losses, reduced(losses, labels, ignore_index, reduction), logsumexp, correct, *nothing_kept(x, training)
 
 
 @backends.reference("masked_lm_loss_backward")
@@ -143,23 +169,27 @@ def _backward(
     labels: Tensor,
     logsumexp: Tensor,
     token_grads: Tensor,
+    positions: Tensor,
+    count: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = logsumexp.dtype
+    grad_losses = gradient_of_losses(grad_loss, labels, ignore_index, reduction)
     grad_x = torch.zeros_like(x)
     grad_table, grad_bias = torch.zeros_like(table, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
     wanted = (table.dtype, bias.dtype)
     table, bias = table.to(x.dtype), bias.to(x.dtype)
-    for positions in _chunks(x, table, labels, ignore_index):
-        rows, total = x[positions], logsumexp[positions].unsqueeze(-1)
+    for chunk in _chunks(x, table, labels, ignore_index):
+        rows, total = x[chunk], logsumexp[chunk].unsqueeze(-1)
         grad = (_logits(rows, table, bias) - total).exp_() * (1.0 + 2.0 * z_loss * total)
         grad -= label_smoothing / table.shape[0]
-        target = labels[positions].unsqueeze(-1)
+        target = labels[chunk].unsqueeze(-1)
         grad.scatter_add_(-1, target, torch.full_like(total, label_smoothing - 1.0))
-        grad *= grad_loss[positions].unsqueeze(-1)
-        grad_x[positions] = (grad @ table.to(dtype)).to(x.dtype)
+        grad *= grad_losses[chunk].unsqueeze(-1)
+        grad_x[chunk] = (grad @ table.to(dtype)).to(x.dtype)
         grad_table.addmm_(grad.t(), rows.to(dtype))
         grad_bias += grad.sum(dim=0)
     return grad_x, grad_table.to(wanted[0]), grad_bias.to(wanted[1])
@@ -178,22 +208,26 @@ def _op(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, logsumexp, correct, and where the backend has them for nothing while `training`, the gradients of each
-    token's loss with respect to its x, [tokens, E]: else they are empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tokens' losses [tokens], what they are reduced to (a scalar; empty for "none"), logsumexp and correct.
+
+    Then what a backend finds on the way and its backward uses, else empty (`masked_lm_loss_kept` of a backend gives the
+    memory): token_grads [tokens, E] while `training`, the gradient of each token's loss with respect to its x;
+    positions, int32 [tokens], first those of the labelled tokens; count, int32 [4], first how many they are.
+    """
     function = backends.implementation("masked_lm_loss", _call(x))
-    return function(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training)
+    return function(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction, training)
 
 
 @_op.register_fake
-def _(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training):  # type: ignore[no-untyped-def]
+def _(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction, training):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    loss = x.new_empty(x.shape[0], dtype=dtype)
-    # Most backends leave all of the gradient to the backward.
-    shape = backends.choose(_call(x)).load().get("masked_lm_loss_token_grads_shape", lambda x, training: (0,))
-    token_grads = x.new_empty(shape(x, training))
-    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool), token_grads
+    losses = x.new_empty(x.shape[0], dtype=dtype)
+    loss = losses.new_empty(0 if reduction == "none" else ())
+    kept = backends.choose(_call(x)).load().get("masked_lm_loss_kept", nothing_kept)(x, training)
+    return losses, loss, torch.empty_like(losses), torch.empty_like(losses, dtype=torch.bool), *kept
 
 
 @torch.library.custom_op("albert_fast::masked_lm_loss_backward", mutates_args=())
@@ -205,12 +239,16 @@ def _backward_op(
     labels: Tensor,
     logsumexp: Tensor,
     token_grads: Tensor,
+    positions: Tensor,
+    count: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     function = backends.implementation("masked_lm_loss_backward", _call(x))
-    return function(grad_loss, x, table, bias, labels, logsumexp, token_grads, ignore_index, label_smoothing, z_loss)
+    kept = (logsumexp, token_grads, positions, count)
+    return function(grad_loss, x, table, bias, labels, *kept, ignore_index, label_smoothing, z_loss, reduction)
 
 
 @_backward_op.register_fake
@@ -219,17 +257,17 @@ def _(grad_loss, x, table, bias, *args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss, _ = inputs
-    _, logsumexp, correct, token_grads = output
-    ctx.mark_non_differentiable(logsumexp, correct, token_grads)
+    x, table, bias, labels, *ctx.options, _ = inputs
+    _, _, logsumexp, correct, *kept = output
+    ctx.place = 0 if ctx.options[-1] == "none" else 1  # of the output that has a gradient
+    ctx.mark_non_differentiable(output[1 - ctx.place], logsumexp, correct, *kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, logsumexp, token_grads)
+    ctx.save_for_backward(x, table, bias, labels, logsumexp, *kept)
 
 
-def _autograd(ctx, grad_loss, *_grads_of_statistics):  # type: ignore[no-untyped-def]
-    options = (ctx.ignore_index, ctx.label_smoothing, ctx.z_loss)
+def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
     shared_table.note_dense_gradient(ctx, 1)
-    return *_backward_op(grad_loss, *ctx.saved_tensors, *options), *([None] * 5)
+    return *_backward_op(grads[ctx.place], *ctx.saved_tensors, *ctx.options), *([None] * 6)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -264,17 +302,7 @@ def masked_lm_loss(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; the message names it.
     """
-    loss, _ = masked_lm_loss_with_statistics(
-        x,
-        table,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-    )
-    return loss
+    return _masked_lm_loss(x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction)[0]
 
 
 def masked_lm_loss_with_statistics(
@@ -289,6 +317,23 @@ def masked_lm_loss_with_statistics(
     reduction: str = "mean",
 ) -> tuple[Tensor, MaskedLMStatistics]:
     """`masked_lm_loss`, and what was seen on the way: each token's loss, logsumexp and whether its label came first."""
+    loss, losses, logsumexp, correct = _masked_lm_loss(
+        x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction
+    )
+    return loss, MaskedLMStatistics(losses.detach(), logsumexp, correct, labels != ignore_index)
+
+
+def _masked_lm_loss(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, then each token's, logsumexp and correct; raises where an argument does not fit."""
     check_tensor("x", x, (None, None), dtype=FLOATS)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtypes = FLOATS if autocast else x.dtype
@@ -301,22 +346,19 @@ def masked_lm_loss_with_statistics(
         raise ValueError(f"label_smoothing is {label_smoothing}; at least 0 and below 1 was expected")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss is {z_loss}; a factor of at least 0 was expected")
-    labelled = labels != ignore_index
     if values_can_be_read(labels):
-        check_ids("labels", labels[labelled], table.shape[0], "the word table")
+        check_ids("labels", labels[labels != ignore_index], table.shape[0], "the word table")
     # How many tokens have labels is not known to a compiler: there, the operator hides it.
     if backends.uses_reference(_call(x)) and not torch.compiler.is_compiling():
-        loss, logsumexp, correct = masked_lm_loss_reference(
+        losses, logsumexp, correct = masked_lm_loss_reference(
             x, table, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
         )
+        loss = reduced(losses, labels, ignore_index, reduction)
     else:
         if autocast:  # the operator casts the table: its gradient then needs no cast back, and is rounded once
             x = x.to(torch.get_autocast_dtype(x.device.type))
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, table, bias))
-        loss, logsumexp, correct, _ = _op(x, table, bias, labels, ignore_index, label_smoothing, z_loss, training)
-    statistics = MaskedLMStatistics(loss.detach(), logsumexp, correct, labelled)
-    if reduction == "mean":
-        loss = loss.sum() / labelled.sum().clamp(min=1)
-    elif reduction == "sum":
-        loss = loss.sum()
-    return loss, statistics
+        losses, loss, logsumexp, correct, *_ = _op(
+            x, table, bias, labels, ignore_index, label_smoothing, z_loss, reduction, training
+        )
+    return losses if reduction == "none" else loss, losses, logsumexp, correct

@@ -1,6 +1,7 @@
 """The kernels of the masked-LM loss where the parity suite does not look: how the work is cut, odd sizes and strides,
 labels that are no words, the range of float16."""
 
+import importlib
 import math
 import random
 
@@ -14,13 +15,24 @@ from albert_fast.kernels import masked_lm_loss as forward_kernels
 from albert_fast.kernels import masked_lm_loss_table as backward_kernels
 from albert_fast.kernels.labelled_tokens import labelled_tokens
 from albert_fast.kernels.launch import recording
-from albert_fast.kernels.masked_lm_loss import masked_lm_loss, masked_lm_loss_token_grads_shape
+from albert_fast.kernels.masked_lm_loss import masked_lm_loss, masked_lm_loss_kept
 from albert_fast.kernels.masked_lm_loss_table import masked_lm_loss_backward
 
 IGNORED = -100
 OPTIONS = {"plain": (0.0, 0.0), "smoothing": (0.1, 0.0), "z-loss": (0.0, 1e-2), "both": (0.2, 1e-3)}
 # Against float64; float16 rounds dz and the sum of the table's rows.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3}
+
+# Of a forward and a backward, in order; and PyTorch's operators that launch none (`to` does by `_to_copy`).
+KERNELS = [
+    "labelled_tokens_kernel",
+    "masked_lm_loss_kernel",
+    "merge_kernel",
+    "loss_reduction_kernel",
+    "gather_kernel",
+    "table_gradient_kernel",
+]
+WITHOUT_KERNELS = {"aten::empty", "aten::empty_strided", "aten::new_empty", "aten::view", "aten::detach", "aten::to"}
 
 parametrize_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 parametrize_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -37,12 +49,13 @@ def inputs(
     return x.to(device, dtype), table.to(device, dtype), bias.to(device, dtype), labels.to(device)
 
 
-def run(tensors: tuple[Tensor, ...], grad_loss: Tensor, options: tuple[float, float]) -> dict[str, Tensor]:
-    x, table, bias, labels = tensors
-    loss, logsumexp, correct, token_grads = masked_lm_loss(*tensors, IGNORED, *options, True)
-    grads = masked_lm_loss_backward(grad_loss, x, table, bias, labels, logsumexp, token_grads, IGNORED, *options)
-    names = ("loss", "logsumexp", "correct", "token_grads", "x", "table", "bias")
-    return dict(zip(names, (loss, logsumexp, correct, token_grads, *grads), strict=True))
+def run(
+    tensors: tuple[Tensor, ...], grad_loss: Tensor, options: tuple[float, float], reduction: str = "none"
+) -> dict[str, Tensor]:
+    loss, reduced, logsumexp, correct, *kept = masked_lm_loss(*tensors, IGNORED, *options, reduction, True)
+    grads = masked_lm_loss_backward(grad_loss, *tensors, logsumexp, *kept, IGNORED, *options, reduction)
+    names = ("loss", "logsumexp", "correct", "token_grads", "x", "table", "bias", "reduced")
+    return dict(zip(names, (loss, logsumexp, correct, kept[0], *grads, reduced), strict=True))
 
 
 def expected(tensors: tuple[Tensor, ...], grad_loss: Tensor, options: tuple[float, float]) -> dict[str, Tensor]:
@@ -80,6 +93,7 @@ def check(
     x, labels = tensors[0], tensors[3]
     grad_loss = torch.randn(x.shape[0], device=x.device) if grad_loss is None else grad_loss
     actual, right = run(tensors, grad_loss, options), expected(tensors, grad_loss, options)
+    assert actual.pop("reduced").numel() == 0
     assert torch.equal(actual.pop("correct").cpu(), right.pop("correct"))
     if x.shape[1] > forward_kernels.MOST_COLUMNS:
         assert actual.pop("token_grads").numel() == 0
@@ -95,8 +109,8 @@ def check(
 def test_labelled_tokens(tokens, device):
     labels = torch.where(torch.rand(tokens) < 0.3, torch.randint(9, (tokens,)), -1).to(device)
     for ignore_index in (-1, 4, -7):
-        count = torch.empty(1, dtype=torch.int32, device=device)
-        positions = labelled_tokens(labels, ignore_index, count)
+        positions, count = (torch.empty(size, dtype=torch.int32, device=device) for size in (tokens, 1))
+        labelled_tokens(labels, ignore_index, positions, count)
         right = (labels != ignore_index).nonzero().squeeze(1)
         assert positions[: count.item()].tolist() == right.tolist()
 
@@ -120,7 +134,8 @@ def test_however_the_work_is_shared(processors, device, monkeypatch):
     monkeypatch.setattr(forward_kernels, "multiprocessors", lambda device: processors)
     for labelled in (97, 5):
         tensors = inputs(100, 16, 700, labelled, device=device)
-        loss, logsumexp, correct, token_grads = masked_lm_loss(*tensors, IGNORED, *OPTIONS["both"], True)
+        results = masked_lm_loss(*tensors, IGNORED, *OPTIONS["both"], "none", True)
+        loss, _, logsumexp, correct, token_grads, *_ = results
         right = expected(tensors, torch.ones(100), OPTIONS["both"])
         assert torch.equal(correct.cpu(), right["correct"])
         for name, result in {"loss": loss, "logsumexp": logsumexp, "token_grads": token_grads}.items():
@@ -142,7 +157,7 @@ def test_which_logit_is_the_first_largest(device):
     logits = x @ table.t() + bias
     labels = logits.sort(dim=-1, descending=True, stable=True).indices[torch.arange(160), torch.randint(3, (160,))]
     tensors = (tensor.to(device, torch.float32) for tensor in (x, table, bias))
-    correct = masked_lm_loss(*tensors, labels.to(device), IGNORED, 0.0, 0.0, False)[2].cpu()
+    correct = masked_lm_loss(*tensors, labels.to(device), IGNORED, 0.0, 0.0, "none", False)[3].cpu()
     assert torch.equal(correct, labels == logits.argmax(dim=-1))
     assert correct.any()
     assert not correct.all()
@@ -214,18 +229,44 @@ def test_strides(device):
         assert_same_bits(run(tensors, grad_loss, OPTIONS["both"]), right)
 
 
+@pytest.mark.parametrize("labelled", [0, 1, 170])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("size", "dtype"), [(32, torch.float32), (32, torch.float16), (513, torch.float32)], ids=str)
+def test_reduced_on_the_device(size, dtype, reduction, labelled, device):
+    """Tokens of several blocks of the sum, and the gradient of the number that comes of them."""
+    tensors = inputs(170, size, 300, labelled, dtype, device)
+    grad_loss = torch.randn((), device=device)
+    results = run(tensors, grad_loss, OPTIONS["both"], reduction)
+    divisor = max(1, labelled) if reduction == "mean" else 1
+    right = expected(tensors, (grad_loss / divisor).expand(170), OPTIONS["both"])
+    for name in ("x", "table", "bias"):
+        assert relative_error(results[name], right[name]) <= TOLERANCES[dtype], name
+    exact = results["loss"].double().sum() / divisor
+    assert relative_error(results["reduced"], exact) <= 1e-6
+
+
+def test_a_million_tokens_are_reduced(device):
+    losses = torch.rand(2**20 + 77, device=device)
+    count = torch.tensor([2**19 + 1], dtype=torch.int32, device=device)
+    mean = torch.empty((), device=device)
+    blocks = forward_kernels.REDUCTION_TILES.half[80][0].blocks
+    forward_kernels.loss_reduction_kernel[(1,)](losses, count, mean, len(losses), MEAN=True, **blocks)
+    assert relative_error(mean, losses.double().sum() / (2**19 + 1)) <= 1e-6
+
+
 def test_without_training_no_gradients_are_kept(device):
-    x, table, bias, labels = inputs(40, 32, 150, 30, device=device)
+    tensors = inputs(40, 32, 150, 30, device=device)
     options = (IGNORED, *OPTIONS["both"])
-    *results, token_grads = masked_lm_loss(x, table, bias, labels, *options, True)
-    *same, nothing = masked_lm_loss(x, table, bias, labels, *options, False)
+    *results, token_grads, positions, count = masked_lm_loss(*tensors, *options, "mean", True)
+    *same, nothing, _, _ = masked_lm_loss(*tensors, *options, "mean", False)
     assert_same_bits(dict(enumerate(same)), dict(enumerate(results)))
-    assert nothing.shape == masked_lm_loss_token_grads_shape(x, False)
-    assert token_grads.shape == masked_lm_loss_token_grads_shape(x, True)
+    for training, kept in ((True, token_grads), (False, nothing)):
+        shapes = [tensor.shape for tensor in masked_lm_loss_kept(tensors[0], training)]
+        assert shapes == [kept.shape, positions.shape, count.shape]
     # A backward that is asked for all the same.
-    grad_loss = torch.randn(40, device=device)
+    grad_loss = torch.randn((), device=device)
     grads = (
-        masked_lm_loss_backward(grad_loss, x, table, bias, labels, results[1], kept, *options)
+        masked_lm_loss_backward(grad_loss, *tensors, results[2], kept, positions, count, *options, "mean")
         for kept in (token_grads, nothing)
     )
     assert_same_bits(*(dict(enumerate(some)) for some in grads))
@@ -240,8 +281,24 @@ def test_what_is_launched_does_not_depend_on_values(dtype):
         torch.empty(1000, dtype=torch.int64, device="meta"),
     )
     with recording() as launches:
-        run((x, table, table[:, 0], labels), torch.empty(1000, device="meta"), OPTIONS["both"])
-    assert len(launches) == 6
+        run((x, table, table[:, 0], labels), torch.empty((), device="meta"), OPTIONS["both"], "mean")
+    assert [launch.kernel.__name__ for launch in launches] == KERNELS
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_step_launches_these_kernels_and_none_of_pytorch(reduction, device, monkeypatch, unpoisoned_memory):
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
+    module = importlib.import_module("albert_fast.ops.masked_lm_loss")
+    monkeypatch.setattr(module, "values_can_be_read", lambda labels: False)  # as on a GPU
+    x, table, bias, labels = inputs(40, 32, 150, 30, device=device)
+    leaves = [tensor.requires_grad_() for tensor in (x, table, bias)]
+    grad_loss = torch.ones((), device=device)
+    with recording() as launches, torch.profiler.profile() as profile:
+        loss = module.masked_lm_loss(*leaves, labels, ignore_index=IGNORED, reduction=reduction)
+        torch.autograd.grad(loss, leaves, grad_loss)
+    assert [launch.kernel.__name__ for launch in launches] == KERNELS
+    operators = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert operators <= WITHOUT_KERNELS
 
 
 @pytest.mark.parametrize("block_e", [128, 256, 512])

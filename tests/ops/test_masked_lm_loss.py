@@ -67,7 +67,7 @@ class Case:
         return {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0} | self.options
 
     def operator_arguments(self) -> tuple[Any, ...]:
-        return *self.tensors.values(), *self.full_options().values(), True
+        return *self.tensors.values(), *self.full_options().values(), self.reduction, True
 
     def reduce(self, losses: Tensor, labels: Tensor) -> Tensor:
         if self.reduction == "none":
@@ -82,8 +82,8 @@ class Case:
 
         def operator(x: Tensor, table: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
             options = self.full_options().values()
-            losses, *_ = torch.ops.albert_fast.masked_lm_loss(x, table, bias, labels, *options, True)
-            return self.reduce(losses, labels)
+            results = torch.ops.albert_fast.masked_lm_loss(x, table, bias, labels, *options, self.reduction, True)
+            return results[0 if self.reduction == "none" else 1]
 
         return operator
 
@@ -187,15 +187,15 @@ def test_the_statistics(implementation, variant, device, monkeypatch):
     logits = F.linear(x, table, bias)
     labelled = labels != -100
     if parity.use(implementation, backends.Call("masked_lm_loss", x.device, x.dtype), monkeypatch):
-        loss, logsumexp, correct, _ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
+        loss, mean, logsumexp, correct, *_ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
     else:
         mean, statistics = masked_lm_loss_with_statistics(x, table, bias, labels, **case.options)
         loss, logsumexp, correct, found = statistics
         assert torch.equal(found, labelled)
         expected = (logits.argmax(dim=-1) == labels)[labelled].double().mean()
         torch.testing.assert_close(statistics.accuracy.double(), expected)
-        torch.testing.assert_close(mean, loss.sum() / labelled.sum())
         assert not any(tensor.requires_grad for tensor in statistics)
+    torch.testing.assert_close(mean, loss.sum() / labelled.sum())
     case.reduction = "none"
     torch.testing.assert_close(loss, case.formula(**case.tensors))
     torch.testing.assert_close(logsumexp, logits.logsumexp(dim=-1) * labelled)
@@ -215,7 +215,7 @@ def test_of_several_largest_logits_the_first_counts(implementation, device, monk
     case.tensors["bias"].fill_(1.0)[:2] = 0.0
     case.tensors["labels"] = torch.arange(12, device=device) % 9
     case.implementation(implementation, monkeypatch)
-    _, logsumexp, correct, _ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
+    _, _, logsumexp, correct, *_ = torch.ops.albert_fast.masked_lm_loss(*case.operator_arguments())
     assert correct.tolist() == [label == 2 for label in case.tensors["labels"].tolist()]
     torch.testing.assert_close(logsumexp, torch.full_like(logsumexp, math.log(2 + 7 * math.e)))
 
@@ -272,13 +272,13 @@ def test_the_reference_holds_the_logits_of_a_few_tokens(device, monkeypatch):
     arguments = case.operator_arguments()
     whole = differentiate(function, case.tensors, case.upstream)
     with torch.no_grad():
-        losses, logsumexp, _, token_grads = forward(*arguments)
+        losses, _, logsumexp, _, *kept = forward(*arguments)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", rows * vocabulary)
     with LargestTensor() as largest:
         in_chunks = differentiate(function, case.tensors, case.upstream)
         with torch.no_grad():
             again, *_ = forward(*arguments)
-            grads = backward(case.upstream, *arguments[:4], logsumexp, token_grads, *arguments[4:-1])
+            grads = backward(case.upstream, *arguments[:4], logsumexp, *kept, *arguments[4:-1])
     assert largest.numel <= rows * vocabulary
     assert_all_close(in_chunks, whole)
     by_hand = dict(zip(("output", "x", "table", "bias"), (again, *grads), strict=True))
@@ -305,13 +305,15 @@ def test_gradcheck_of_the_reference(variant):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", parity.ACCELERATED, ids=str)
-def test_opcheck(dtype, device):
-    case = Case(9, 4, 11, dtype=dtype, device=device, label_smoothing=0.1, z_loss=1e-3)
+def test_opcheck(dtype, reduction, device):
+    case = Case(9, 4, 11, dtype=dtype, device=device, reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
     arguments = case.operator_arguments()
     parity.check_operator(torch.ops.albert_fast.masked_lm_loss.default, arguments)
-    losses, logsumexp, _, token_grads = torch.ops.albert_fast.masked_lm_loss(*arguments)
-    backward = (torch.randn_like(losses), *arguments[:4], logsumexp, token_grads, *arguments[4:-1])
+    losses, loss, logsumexp, _, *kept = torch.ops.albert_fast.masked_lm_loss(*arguments)
+    grad = torch.randn_like(losses if reduction == "none" else loss)
+    backward = (grad, *arguments[:4], logsumexp, *kept, *arguments[4:-1])
     operator = torch.ops.albert_fast.masked_lm_loss_backward.default
     parity.check_operator(operator, backward, without_gradient=tuple(range(len(backward))))
 
