@@ -1,9 +1,9 @@
 """The encoder that keeps its layer in shared memory: what that design rests on, and ALBERT-base's encoder alone.
 
 Figures first: barriers, loads from L2, a graph's node (csrc/cuda/probe.h says what each is). Then 12 passes over 8 to
-128 tokens, one row and ragged ones, replayed as a CUDA graph: in clusters, without, as the Triton part's kernels for few
-tokens, and as those around cuBLAS's products; each is checked against float64 first, by the bound of the parity tests.
-Ours is what of the first two it chooses.
+128 tokens, one row and ragged ones, replayed as a CUDA graph: in clusters, without, as the Triton part's kernels for
+few tokens, and as those around cuBLAS's products; each is checked against float64 first, by the bound of the parity
+tests. Ours is what of the first two it chooses.
 """
 
 from __future__ import annotations

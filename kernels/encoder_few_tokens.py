@@ -139,8 +139,8 @@ def encoder_few_tokens(
     qkv, context = hidden.new_empty(tokens, 3 * width), hidden.new_empty(tokens, width)
     summed, inner = hidden.new_empty(tokens, width), hidden.new_empty(tokens, inner_width)
     logsumexp = hidden.new_empty(heads, tokens, dtype=torch.float32)
-    # float32 [mean or squared deviations, groups of columns, tokens] of `summed` and of the pass's output sum
-    statistics, output_statistics = hidden.new_empty(2, 2, cdiv(width, GROUP), tokens, dtype=torch.float32)
+    # float32 [mean or squared deviations, tokens, groups of columns] of `summed` and of the pass's output sum
+    statistics, output_statistics = hidden.new_empty(2, 2, tokens, cdiv(width, GROUP), dtype=torch.float32)
     workspace = Workspace.of(hidden, width)
     states = hidden.new_empty(len(order) + 1 if options.return_all else 1, tokens, width)
     if options.return_all:
@@ -157,9 +157,7 @@ def encoder_few_tokens(
             product(x, layer.qkv_weight, layer.qkv_bias, qkv, **common)
         else:
             folded, norm = qkv_after[before, now], (layers[before].norm_weight, layers[before].norm_bias)
-            product(
-                x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common
-            )
+            product(x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common)
         attention_options = options.attention(index, width // heads)
         attention(query, key, value, *rows, attention_options, out=context, logsumexp=logsumexp)
         product(

@@ -46,10 +46,10 @@ def store_statistics(statistics, tile, token, tokens, first, COLUMNS: tl.constex
     inside = tl.arange(0, _GROUP)[None, None, :] < size
     mean = tl.sum(tl.where(inside, parts, 0.0), axis=2, keep_dims=True) / tl.maximum(size, 1).to(tl.float32)
     off = tl.where(inside, parts - mean, 0.0)
-    at = statistics + group[None, :] * tokens + token[:, None]  # [rows, PARTS]
+    at = statistics + token[:, None] * GROUPS + group[None, :]  # [rows, PARTS]
     mask = (token < tokens)[:, None] & (group < GROUPS)[None, :]
     tl.store(at, tl.reshape(mean, (tile.shape[0], PARTS)), mask=mask)
-    tl.store(at + GROUPS * tokens, tl.sum(off * off, axis=2), mask=mask)
+    tl.store(at + tokens * GROUPS, tl.sum(off * off, axis=2), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "eps"])
@@ -62,8 +62,8 @@ def few_tokens_product_kernel(
     residual,  # [tokens, COLUMNS] or None
     norm_weight,  # [COLUMNS]: the residual goes through LayerNorm; or None
     norm_bias,  # [COLUMNS] or None
-    statistics,  # float32 [2, groups of WIDTH, tokens] of what goes through LayerNorm, or None
-    new_statistics,  # float32 [2, groups of COLUMNS, tokens] of y, or None
+    statistics,  # float32 [2, tokens, groups of WIDTH] of what goes through LayerNorm, or None
+    new_statistics,  # float32 [2, tokens, groups of COLUMNS] of y, or None
     partials,  # float32, of every tile [SPLIT, BLOCK_M, BLOCK_N]
     counters,  # int32, 0 for every tile, and 0 again
     tokens,
@@ -95,15 +95,21 @@ def few_tokens_product_kernel(
         mask = mask & (column < COLUMNS)[None, :]
         column = tl.minimum(column, COLUMNS - 1)
 
-    # Asked for before the loop, so that it does not have to be waited for after it.
+    # All that is needed after the loop is asked for before it, so that nothing has to be waited for then.
     if statistics is not None:
         group = tl.arange(0, GROUPS)[None, :]
         LAST: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
-        at = statistics + group * tokens + row[:, None]
+        at = statistics + row[:, None] * LAST + group
         means = tl.load(at, mask=group < LAST, other=0.0)
-        deviations = tl.load(at + LAST * tokens, mask=group < LAST, other=0.0)
+        deviations = tl.load(at + tokens * LAST, mask=group < LAST, other=0.0)
+    addend = tl.load(bias + column)
+    if weight_sums is not None:
+        weight_sum = tl.load(weight_sums + column)
     if residual is not None:
         other = tl.load(residual + row[:, None] * COLUMNS + column[None, :])
+    if norm_weight is not None:
+        gamma = tl.load(norm_weight + column)
+        beta = tl.load(norm_bias + column)
 
     STEPS: tl.constexpr = (DEPTH + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K)
     depth = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
@@ -137,16 +143,14 @@ def few_tokens_product_kernel(
     if statistics is not None:
         mean, rstd = mean_and_rstd(means, deviations, eps, WIDTH)
     if weight_sums is not None:
-        total = rstd * (total - mean * tl.load(weight_sums + column)[None, :])
-    total += tl.load(bias + column).to(tl.float32)[None, :]
+        total = rstd * (total - mean * weight_sum[None, :])
+    total += addend.to(tl.float32)[None, :]
     if FORM != "linear":
         total, _ = activation(total, FORM)
     if residual is not None:
         other = other.to(tl.float32)
         if norm_weight is not None:
-            gamma = tl.load(norm_weight + column).to(tl.float32)[None, :]
-            beta = tl.load(norm_bias + column).to(tl.float32)[None, :]
-            other = (other - mean) * rstd * gamma + beta
+            other = (other - mean) * rstd * gamma.to(tl.float32)[None, :] + beta.to(tl.float32)[None, :]
         total += other
     rounded = total.to(y.dtype.element_ty)
     tl.store(y + row[:, None] * COLUMNS + column[None, :], rounded, mask=mask)
@@ -163,11 +167,10 @@ _MOST_BLOCK, _MOST_SPLIT = 128, 8
 def _tiles(interpreter: Cut, sm_80: list[Cut], sm_90: list[Cut], sm_100: list[Cut], single: list[Cut]) -> Tiles:
     def config(cut: Cut) -> Config:
         m, n, k, split, warps, stages = cut
-        assert max(m, n) <= _MOST_BLOCK and split <= _MOST_SPLIT and n % GROUP == 0
         return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SPLIT": split}, warps, stages)
 
     half = {80: sm_80, 90: sm_90, 100: sm_100}
-    # In float32 a chain of FMAs is no longer than a tile is deep (attention_tile.CHAIN), and no tile of 64 rows (tf32 on 10.0).
+    # In float32 a chain of FMAs is as long as a tile is deep (attention_tile.CHAIN); tiles of 64 rows are tf32 on 10.0.
     return Tiles(
         config(interpreter),
         half={name: [*map(config, cuts)] for name, cuts in half.items()},
@@ -204,7 +207,7 @@ SQUARE = _tiles(
         (16, 32, 128, 1, 4, 4),
         (16, 64, 128, 1, 4, 4),
     ],
-    sm_100=[(64, 32, 128, 1, 4, 4), (64, 32, 64, 1, 4, 6), (64, 32, 128, 2, 4, 3), (64, 64, 64, 4, 4, 3)],
+    sm_100=[(64, 32, 64, 1, 4, 6), (64, 32, 128, 1, 4, 4), (64, 32, 128, 2, 4, 3), (64, 64, 64, 4, 4, 3)],
     single=[(32, 32, 32, 1, 4, 2)],
 )
 DEEP = _tiles(
@@ -267,7 +270,7 @@ def product(
         y: [tokens, out], written.
         workspace: for as many tokens and columns, unless the product is `WIDE`.
         weight_sums: float32 [out], where x goes through LayerNorm, whose weight and bias are in `weight` and `bias`.
-        statistics: float32 [2, ceil(width / GROUP), tokens] of x or of the residual: for each group of columns its mean
+        statistics: float32 [2, tokens, ceil(width / GROUP)] of x or of the residual: for each group of columns its mean
             and the sum of its squared deviations from it.
         form: "linear" or one of `bias_gelu`.
         residual: [tokens, out], added after the activation.

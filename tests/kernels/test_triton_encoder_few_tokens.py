@@ -1,4 +1,4 @@
-"""Inference for few tokens: against the reference in float64, for shapes that fit no tile, and what it leaves behind."""
+"""Inference for few tokens: against the reference in float64, in shapes that fit no tile, and what it leaves behind."""
 
 import random
 from typing import Any
@@ -145,10 +145,10 @@ def test_the_product_and_what_it_leaves(depth, columns, dtype, device):
 
 
 def statistics_of(y: Tensor) -> Tensor:
-    """Mean and squared deviations by group, float32 [2, groups, tokens]."""
+    """Mean and squared deviations by group, float32 [2, tokens, groups]."""
     groups = [group.double() for group in y.split(GROUP, dim=1)]
     deviations = [(group - group.mean(1, keepdim=True)).square().sum(1) for group in groups]
-    return torch.stack([torch.stack([group.mean(1) for group in groups]), torch.stack(deviations)]).float()
+    return torch.stack([torch.stack([group.mean(1) for group in groups], 1), torch.stack(deviations, 1)]).float()
 
 
 def test_which_calls_it_serves(monkeypatch):
@@ -178,6 +178,7 @@ def test_workspaces_hold_the_tiles_of_every_configuration(tiles):
     configs = [config for table in (tiles.half, tiles.single) for of_one in table.values() for config in of_one]
     for config in (tiles.interpreter, *configs):
         m, n, split = (config.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT"))
+        assert n % GROUP == 0
         for tokens, columns in [(1, 32), (129, 768), (256, 1024), (200, 40)]:
             workspace = Workspace.of(torch.empty(tokens, 1, device="meta"), columns)
             programs = -(-tokens // m) * -(-columns // n)
