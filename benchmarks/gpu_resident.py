@@ -1,8 +1,9 @@
 """The encoder that keeps its layer in shared memory: what that design rests on, and ALBERT-base's encoder alone.
 
 Figures first: barriers, loads from L2, a graph's node (csrc/cuda/probe.h says what each is). Then 12 passes over 8 to
-128 tokens, one row and ragged ones, replayed as a CUDA graph: in clusters, without, and as the Triton part's kernels;
-each is checked against float64 first, by the bound of the parity tests. Ours is what of the first two it chooses.
+128 tokens, one row and ragged ones, replayed as a CUDA graph: in clusters, without, as the Triton part's kernels for
+few tokens, and as those around cuBLAS's products; each is checked against float64 first, by the bound of the parity
+tests. Ours is what of the first two it chooses.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ COLUMNS = (
 PROBED = "what it rests on"
 BATCHES, TINY_BATCHES = ([8], [16], [32], [64], [128], [40, 9, 30, 17, 32]), ([3, 2],)
 
-CLUSTERS, BLOCKS, TRITON = f"{OURS} in clusters", f"{OURS} without clusters", f"{OURS} by Triton"
+CLUSTERS, BLOCKS = f"{OURS} in clusters", f"{OURS} without clusters"
+TRITON, CUBLAS = f"{OURS} by Triton", f"{OURS} by Triton and cuBLAS"
 CLUSTER_OF = {CLUSTERS: "0", BLOCKS: "1"}
 PROBES = {
     "grid barrier": ("grid_barrier", "microseconds"),
@@ -69,7 +71,8 @@ def probe(case: Case) -> None:
 
 def served_by(peer: str) -> AbstractContextManager[None]:
     cluster = {"ALBERT_FAST_CLUSTER": CLUSTER_OF[peer]} if peer in CLUSTER_OF else {}
-    return environment(ALBERT_FAST_BACKEND="triton" if peer == TRITON else "cuda", **cluster)
+    few_tokens = {"ALBERT_FAST_FEW_TOKENS": "0" if peer == CUBLAS else "1"} if peer in (TRITON, CUBLAS) else {}
+    return environment(ALBERT_FAST_BACKEND="triton" if few_tokens else "cuda", **cluster, **few_tokens)
 
 
 def measure(case: Case, lengths: list[int]) -> None:
@@ -131,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     if on_gpu:
         stage.run(PROBED, {}, tuple(PROBES), probe)
     for lengths in TINY_BATCHES if stage.tiny else BATCHES:
-        peers = (OURS, CLUSTERS, BLOCKS, *([TRITON] if on_gpu else []))
+        peers = (OURS, CLUSTERS, BLOCKS, *([TRITON, CUBLAS] if on_gpu else []))
         stage.run(name_of(lengths), {"lengths": lengths}, peers, lambda case, lengths=lengths: measure(case, lengths))
 
 

@@ -378,6 +378,19 @@ class _Calls:
     def encoder(
         self, dropout_p: float, longest: int, activation: str = "gelu_new", recompute: str = "none", width: int = 768
     ) -> None:
+        arguments = self.encoder_arguments(dropout_p, longest, activation, recompute, width)
+        hidden = self.new(self.tokens, width)
+        self.operations["encoder_inference"](hidden, *arguments)
+        _, kept = self.operations["encoder"](hidden, *arguments)
+        self.operations["encoder_backward"](torch.empty_like(hidden), kept, *arguments)
+
+    def encoder_few_tokens(self, activation: str = "gelu_new", width: int = 768) -> None:
+        arguments = self.encoder_arguments(0.0, 128, activation, "none", width)
+        self.operations["encoder_inference"](self.new(128, width), *arguments)
+
+    def encoder_arguments(
+        self, dropout_p: float, longest: int, activation: str, recompute: str, width: int
+    ) -> tuple[list[Tensor], Tensor, int, EncoderOptions]:
         matrix, vector, inner = (width, width), (width,), 4 * width
         shapes: list[tuple[int, ...]] = [matrix, vector] * 4
         shapes += [vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
@@ -395,11 +408,7 @@ class _Calls:
             recompute=recompute,
             return_all=False,
         )
-        hidden = self.new(self.tokens, width)
-        arguments = [self.parameter(*shape) for shape in shapes], self.offsets, longest, options
-        self.operations["encoder_inference"](hidden, *arguments)
-        _, kept = self.operations["encoder"](hidden, *arguments)
-        self.operations["encoder_backward"](torch.empty_like(hidden), kept, *arguments)
+        return [self.parameter(*shape) for shape in shapes], self.offsets, longest, options
 
     def attention(
         self, head_dim: int, longest: int, dropout_p: float, causal: bool = False, biased: bool = False
@@ -450,6 +459,8 @@ def calls(dtype: torch.dtype) -> None:
     """Launches every kernel as ALBERT base does in training, and attention with heads of 128."""
     call = _Calls(dtype, dtype)
     call.encoder(0.1, longest=128)
+    if dtype != torch.float32:  # whose products cuBLAS has
+        call.encoder_few_tokens()
     call.attention(64, longest=512, dropout_p=0.1)  # for longer rows there are other kernels
     if dtype != torch.float32:  # without tensor cores products take long to compile
         call.attention(128, longest=512, dropout_p=0.0)
@@ -482,6 +493,8 @@ def variants(dtype: torch.dtype) -> None:
     call.attention(64, longest=512, dropout_p=0.1, causal=True, biased=True)
     call.attention(128, longest=128, dropout_p=0.1)
     if dtype == torch.bfloat16:
+        call.encoder_few_tokens("gelu")
+        call.encoder_few_tokens("relu", width=1024)
         call.attention(32, longest=128, dropout_p=0.0)
         call.attention(64, longest=512, dropout_p=0.0, biased=True)
         call.attention(128, longest=512, dropout_p=0.1, causal=True, biased=True)

@@ -1,6 +1,7 @@
 """The shared-layer loop on a GPU: cuBLAS's products, and between them the kernels of this package.
 
-`albert_fast.kernels.products` has the products that cuBLASLt may do together with what follows them.
+`albert_fast.kernels.products` has the products that cuBLASLt may do together with what follows them;
+`albert_fast.kernels.encoder_few_tokens` the inference for few tokens, whose products are Triton's.
 
 `albert_fast.ops.encoder` has the mathematics. What forward keeps for backward is 20 bytes x hidden for each token and
 pass in half precision (qkv 6, context 2, both sums 4, inner 8 at four times the hidden size), and the statistics of the
@@ -20,6 +21,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from albert_fast.kernels import encoder_few_tokens as few_tokens
 from albert_fast.kernels.attention_backward import attention_backward
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
@@ -383,6 +385,9 @@ def encoder_inference(
 ) -> Tensor:
     """All passes, nothing kept."""
     hidden = hidden.contiguous()
+    if few_tokens.serves(hidden, options):
+        layers = _layers(parameters, hidden.dtype)
+        return few_tokens.encoder_few_tokens(hidden, layers, cu_seqlens, max_seqlen, options)
     loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
     memory, h = loop.forward_memory(), loop.empty(loop.width)
     states, result = _states(hidden, options)

@@ -122,6 +122,7 @@ def launch(
     tiles: Tiles,
     dtype: torch.dtype,
     key: tuple[Any, ...] = (),
+    in_cache: bool = False,
     **constants: Any,
 ) -> None:
     """Runs `kernel`.
@@ -137,6 +138,7 @@ def launch(
         key: sizes that the best tiles depend on, numbers or strings. Each new key is timed anew: a size that changes
             with every batch is passed rounded up (`next_power_of_2`). The constexpr arguments, and which pointers are
             None, count without being named here.
+        in_cache: whether it finds in L2 what it reads: it is then timed like that.
         constants: the constexpr arguments but the tile sizes.
     """
     if _recorded is not None:
@@ -155,7 +157,7 @@ def launch(
         call = (id(kernel), device, id(tiles), dtype, key, *constants.values(), tuning.enabled(), form)
         started = _started.get(call)
         if started is None:
-            started = _find_and_start(kernel, grid, arguments, tiles, dtype, key, constants, device)
+            started = _find_and_start(kernel, grid, arguments, tiles, dtype, key, constants, device, in_cache)
             if started is not None:
                 _started[call] = started
             return
@@ -229,6 +231,7 @@ def _find_and_start(
     key: tuple[Any, ...],
     constants: dict[str, Any],
     device: torch.device,
+    in_cache: bool,
 ) -> _Started | None:
     """Chooses a configuration, compiles the kernel where it is not, and starts it; returns what the next call of this
     form needs, or None where the choice was not a lasting one."""
@@ -245,7 +248,7 @@ def _find_and_start(
         what = (kernel.fn, dtype, key, tuple(constants.items()), tuple([argument is None for argument in arguments]))
         # In a context of its own: an interruption would leave Triton's mode active, and it refuses a second one.
         compile_all = functools.partial(copy_context().run, _compile_all, kernel, arguments, constants, configs)
-        choices = tuning.choices(device)
+        choices = tuning.choices(device, in_cache)
         config = choices.best(what, configs, run, arguments, compile_all)
         lasting = what in choices.chosen
     try:
