@@ -24,11 +24,11 @@ from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"tanh": 1, "none": 2, "relu": 3}
 _MOST_TOKENS = 128
-# On an H200, ALBERT base, 12 passes: one launch takes 263 us at 16 tokens, 348 at 32, 533 at 64, 805 at 128; a graph of
-# Triton's kernels and cuBLAS's 346, 348, 370 and 393. Launched one by one those are 84 launches, for each of which the
-# host takes some tens of microseconds in a training step; a call of either alone was not timed.
-_MOST_TOKENS_IN_GRAPHS = 32
-# Up to here blocks without clusters are faster: 263 against 368 us at 16 tokens, 533 against 544 at 64; 994 against 805
+# On an H200, ALBERT base, 12 passes: one launch takes 205 us at 16 tokens, 312 at 32, 452 at 64, 685 at 128; a graph of
+# Triton's kernels 254, 259, 276 and 308. Launched one by one those are 60 launches, for each of which the host takes
+# some tens of microseconds in a training step; a call of either alone was not timed.
+_MOST_TOKENS_IN_GRAPHS = 16
+# Up to here blocks without clusters are faster: 203 against 340 us at 16 tokens, 450 against 465 at 64; 819 against 684
 # at 128.
 _MOST_TOKENS_ALONE = 64
 _MOST_HIDDEN = 1024
