@@ -473,11 +473,11 @@ def calls(dtype: torch.dtype) -> None:
 def variants(dtype: torch.dtype) -> None:
     """Launches what differs from `calls`: parameters in float32, other sizes, options."""
     call = _Calls(dtype, torch.float32)
-    call.masked_lm_loss(0.0, 0.0)
+    call.masked_lm_loss(0.0, 0.0, reduction="sum")
     if dtype == torch.float16:
         return  # that gradient is scaled there; all else is as in bfloat16
     call.masked_lm_loss(0.0, 0.0, training=False)
-    call.masked_lm_loss(0.0, 0.0, size=256, reduction="sum")
+    call.masked_lm_loss(0.0, 0.0, size=256)
     call.masked_lm_loss(0.0, 0.0, size=512)
     call.embed_layer_norm(0.0)
     call.embed_layer_norm(0.1, embeds=True)

@@ -36,22 +36,13 @@ _PADDING = tl.constexpr(128)
 _ROWS = tl.constexpr(32)  # of a program that gathers
 
 
-@triton.jit
-def _grad_of_losses(grad_loss, token, exists, stride, labelled, MEAN: tl.constexpr):
-    """The gradient of these tokens' losses; with MEAN from that of the mean over the `labelled` tokens there are."""
-    grad = tl.load(grad_loss + token.to(tl.int64) * stride, mask=exists, other=0.0)
-    if MEAN:
-        grad = tl.div_rn(grad, tl.maximum(labelled, 1).to(tl.float32))
-    return grad
-
-
 @triton.jit(do_not_specialize=["tokens", "ignore_index", "z_loss", "grad_loss_stride"])
 def gather_kernel(
     x,  # [tokens, SIZE]
     labels,  # int64 [tokens]
     positions,  # int32 [tokens]: the labelled ones
     count,  # int32 [1]: how many they are
-    grad_loss,  # float32 [tokens], or of their sum or mean: [1], stride 0
+    grad_loss,  # float32 [tokens]; of a sum or mean of the losses [1], with stride 0
     logsumexp,  # float32 [tokens]
     token_grads,  # [tokens, SIZE]
     grad_x,  # [tokens, SIZE]
@@ -77,7 +68,11 @@ def gather_kernel(
     inside = row < tokens
     labelled = inside & (tl.load(labels + row, mask=inside, other=0) != ignore_index)
     rows = tl.load(count)
-    grad = _grad_of_losses(grad_loss, row, labelled, grad_loss_stride, rows, MEAN)
+    if MEAN:
+        share = tl.div_rn(tl.load(grad_loss), tl.maximum(rows, 1).to(tl.float32))
+        grad = tl.where(labelled, share, 0.0)
+    else:
+        grad = tl.load(grad_loss + row.to(tl.int64) * grad_loss_stride, mask=labelled, other=0.0)
     grads = gather_rows(token_grads, row, labelled, SIZE, SIZE, BLOCK_E).to(tl.float32) * grad[:, None]
     store_rows(grad_x, row, inside, grads, SIZE)
 
@@ -91,7 +86,10 @@ def gather_kernel(
     # A row that is none: exp(logit - infinity) is 0.
     scaled_log = total_log if EXACT else total_log * LOG2E
     tl.store(exponent + row, tl.where(exists, scaled_log, float("inf")))
-    grad = _grad_of_losses(grad_loss, token, exists, grad_loss_stride, rows, MEAN)
+    if MEAN:
+        grad = tl.where(exists, share, 0.0)
+    else:
+        grad = tl.load(grad_loss + token.to(tl.int64) * grad_loss_stride, mask=exists, other=0.0)
     slope = 1.0 + 2.0 * z_loss * total_log
     tl.store(factor + row, grad * slope)
     if weight is not None:
