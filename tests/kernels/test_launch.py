@@ -77,7 +77,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choices:
     choices = Choices(tmp_path / "tuning.json", milliseconds, capturing=lambda: False)
     monkeypatch.setattr(launching, "_current", lambda device: nullcontext())
     monkeypatch.setattr(launching, "architecture", lambda device: 86)
-    monkeypatch.setattr(launching.tuning, "choices", lambda device: choices)
+    monkeypatch.setattr(launching.tuning, "choices", lambda device, in_cache: choices)
     monkeypatch.delenv("ALBERT_FAST_AUTOTUNE", raising=False)
     return choices
 
@@ -119,7 +119,7 @@ def test_multiprocessors_where_there_are_none():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_interpreter_uses_its_own_tiles(monkeypatch, dtype):
     monkeypatch.setenv("ALBERT_FAST_AUTOTUNE", "1")
-    monkeypatch.setattr(launching.tuning, "choices", lambda device: pytest.fail("nothing is tuned in the interpreter"))
+    monkeypatch.setattr(launching.tuning, "choices", lambda *_: pytest.fail("nothing is tuned in the interpreter"))
     out = torch.zeros(50, dtype=torch.int32)
     launch(write_block, lambda blocks: (triton.cdiv(50, blocks["BLOCK"]),), out, 50, tiles=TILES, dtype=dtype)
     assert (out == 16).all()

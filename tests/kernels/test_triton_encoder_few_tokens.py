@@ -16,14 +16,17 @@ from albert_fast.kernels.encoder import encoder_inference
 from albert_fast.kernels.few_tokens_product import DEEP, GROUP, SQUARE, WIDE, Workspace, product
 from albert_fast.ops.encoder import encoder_reference
 
-parametrize_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+parametrize_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
 
 
 @pytest.fixture(autouse=True)
-def few_tokens_alone(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def few_tokens_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
     monkeypatch.setenv("ALBERT_FAST_FEW_TOKENS", "1")
-    reason = backends.refusal(backends.TRITON, backends.Call("encoder", device, torch.float32, head_dim=16))
+    dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.float32
+    reason = backends.refusal(backends.TRITON, backends.Call("encoder", device, dtype, head_dim=16))
     if reason is not None:
         pytest.skip(reason)
 
@@ -87,8 +90,8 @@ def test_rows_with_a_large_mean(dtype, device):
     for module in ("dense", "ffn_output"):
         case.tensors[f"0.{module}.bias"] += 60.0
     actual, peer, oracle = results(case)
-    assert relative_error(peer, oracle) < 0.1
-    assert_as_accurate_as(actual, peer, oracle, factor=2.0 if dtype == torch.float16 else 4.0)
+    assert relative_error(peer, oracle) < 0.5
+    assert_as_accurate_as(actual, peer, oracle, factor=4.0 if dtype == torch.float32 else 2.0)
 
 
 def test_the_same_bits_again(device):
@@ -140,7 +143,7 @@ def test_the_product_and_what_it_leaves(depth, columns, dtype, device):
         assert not workspace.counters.any()
     x, weight, residual, bias, gamma, beta = (tensor.double() for tensor in given)
     expected = x @ weight.t() + bias + F.layer_norm(residual, (columns,), gamma, beta, eps)
-    assert relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert relative_error(y, expected) < max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(options["new_statistics"], statistics_of(y), rtol=1e-4, atol=1e-4)
 
 
@@ -149,6 +152,22 @@ def statistics_of(y: Tensor) -> Tensor:
     groups = [group.double() for group in y.split(GROUP, dim=1)]
     deviations = [(group - group.mean(1, keepdim=True)).square().sum(1) for group in groups]
     return torch.stack([torch.stack([group.mean(1) for group in groups], 1), torch.stack(deviations, 1)]).float()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("overlapping", ["0", "1"])
+def test_replays_of_a_graph(overlapping, monkeypatch):
+    monkeypatch.setenv("ALBERT_FAST_PDL", overlapping)
+    case = Case([100, 28], 768, 3072, num_heads=12, num_layers=12, dtype=torch.bfloat16, device="cuda")
+    expected = run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run(case)
+    for _ in range(100):
+        output.zero_()
+        graph.replay()
+        assert torch.equal(output, expected)
 
 
 def test_which_calls_it_serves(monkeypatch):

@@ -253,6 +253,7 @@ def test_one_file_for_each_gpu_triton_and_sources(monkeypatch, tmp_path):
     assert name.parent == tmp_path
     assert name.name.startswith("tuning-NVIDIA-H200-a-b-triton-")
     assert tuning._choices_of("NVIDIA H200 (a/b)") is tuning._choices_of("NVIDIA H200 (a/b)")
+    assert tuning._choices_of("NVIDIA H200 (a/b)", in_cache=True)._path == name
     monkeypatch.setattr(tuning, "_sources", lambda: "others")
     tuning._choices_of.cache_clear()
     assert tuning._choices_of("NVIDIA H200 (a/b)")._path != name
