@@ -12,8 +12,9 @@ from albert_fast.bench.work import Work
 from albert_fast.bench.worker import with_threads
 from albert_fast.flops import Operations, matrix_rate
 
-# Copies of each size are repeated for so long, in seconds.
-_COPY_SECONDS = 0.05
+# Copies of each size are repeated at least for so long and so often, but not for longer, in seconds: where others
+# compute a copy may wait for them for thousands of times as long as it takes.
+_COPY_SECONDS, _LEAST_COPIES, _MOST_COPY_SECONDS = 0.05, 30, 0.5
 
 
 def floor(operations: Operations, numbers: Format, rates: Mapping[torch.dtype, float]) -> float:
@@ -72,14 +73,17 @@ def copy_rate(size: int, device: torch.device) -> float:
     """Bytes a second, read and written together, of the fastest copy that moves `size` bytes in all."""
     source = torch.zeros(max(1, size // 8), device=device)  # float32, half of it read and half written
     target = torch.empty_like(source)
-    best, end = float("inf"), time.perf_counter() + _COPY_SECONDS
-    while time.perf_counter() < end or best == float("inf"):
+    seconds: list[float] = []
+    first = time.perf_counter()
+    while (spent := time.perf_counter() - first) < _COPY_SECONDS or len(seconds) < _LEAST_COPIES:
+        if seconds and spent > _MOST_COPY_SECONDS:
+            break
         start = time.perf_counter()
         target.copy_(source)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 8 * source.numel() / best
+        seconds.append(time.perf_counter() - start)
+    return 8 * source.numel() / min(seconds)
 
 
 def _power(size: float) -> int:
