@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -170,8 +171,9 @@ def masking_case(setting: Setting, shape: Shape) -> DataCase:
     """Masked examples: rows of the text with tokens hidden and labelled.
 
     Everybody draws masks of their own, so what is held against what is expected is that the labels give back the text,
-    and that about 15 % of the tokens have one.
+    and that about 15 % of the tokens have one, up to six standard deviations of tokens that are drawn one by one.
     """
+    deviation = math.sqrt((1.0 - LABELLED_SHARE) / (LABELLED_SHARE * shape.rows * shape.length))
 
     def make() -> tuple[Mapping[str, Compute], int, float]:
         tokenizer = setting.tokenizer
@@ -218,7 +220,7 @@ def masking_case(setting: Setting, shape: Shape) -> DataCase:
         dtype="",
         shape=str(shape),
         peers=("albert_fast", "transformers"),
-        largest=0.2,
+        largest=6.0 * deviation,
         turn=setting.turn,
         make=make,
     )
