@@ -4,7 +4,7 @@ A batch of one short text is a few dozen kernels of a few microseconds each, and
 more than running them. A graph is recorded for fixed shapes: `graphed` has a set of them, pads each batch to the
 smallest that holds it, and cuts the outputs. While a graph is recorded the models pack with fixed capacity
 (`albert_fast.packing`): attention does no work for the padding, the matrix products do. Choose shapes near those of the
-batches.
+batches. Batches that fill a shape and come without a mask have a graph of their own, which packs nothing.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class GraphedModel(nn.Module):
         )
         training = self.model.training and torch.is_grad_enabled()
         check(not training or labels is not None, "labels is None; in training mode the graph computes the loss")
-        recorded = self._record(shape, tensors, options, training)
+        # Whole rows and no mask: such a graph packs nothing.
+        whole = attention_mask is None and (batch, length) == shape
+        recorded = self._record(shape, whole, tensors, options, training)
         results = recorded(tensors, (batch, length))
         return results if training else _cut(results, batch, length, shape)
 
@@ -131,19 +133,19 @@ class GraphedModel(nn.Module):
         )
 
     def _record(
-        self, shape: tuple[int, int], tensors: dict[str, Tensor], options: dict[str, Any], training: bool
+        self, shape: tuple[int, int], whole: bool, tensors: dict[str, Tensor], options: dict[str, Any], training: bool
     ) -> _Recorded:
         addresses = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
         if addresses != self._addresses:
             self._recorded.clear()
             self._addresses = addresses
         device = self.model.device.type
-        # A mask that is not given is one of ones.
+        # A mask that is not given is one of ones, or none.
         kinds = tuple((name, t.dtype, t.dim()) for name, t in tensors.items() if name != "attention_mask")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (shape, kinds, tuple(sorted(options.items())), training, self.model.training, autocast)
+        key = (shape, whole, kinds, tuple(sorted(options.items())), training, self.model.training, autocast)
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(self.model, shape, tensors, options, training)
+            self._recorded[key] = _Recorded(self.model, shape, whole, tensors, options, training)
         return self._recorded[key]
 
 
@@ -154,6 +156,7 @@ class _Recorded:
         self,
         model: AlbertPreTrainedModel,
         shape: tuple[int, int],
+        whole: bool,
         tensors: dict[str, Tensor],
         options: dict[str, Any],
         training: bool,
@@ -163,9 +166,10 @@ class _Recorded:
         self.inputs = {
             name: tensor.new_full(shape[: tensor.dim()], self.fill[name]) for name, tensor in tensors.items()
         }
-        self.mask = self.inputs["attention_mask"] = tensors["input_ids"].new_zeros(shape)
-        # What is run while it is recorded has a token in each row.
-        self.mask[:, 0] = 1
+        self.mask: Tensor | None = None
+        if not whole:
+            self.mask = self.inputs["attention_mask"] = tensors["input_ids"].new_zeros(shape)
+            self.mask[:, 0] = 1  # what is run while it is recorded has a token in each row
         self.ones: tuple[int, int] | None = None  # rows and columns of the mask that are 1, where no other was given
         with backends.for_graphs(), _casts_not_kept(model.device):
             self.run = (_training_step if training else _inference)(model, self.inputs, options)
@@ -173,7 +177,7 @@ class _Recorded:
     def __call__(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Any:
         if "attention_mask" in tensors:
             self.ones = None
-        elif self.ones != shape:
+        elif self.mask is not None and self.ones != shape:
             self.mask.zero_()
             self.mask[: shape[0], : shape[1]] = 1
             self.ones = shape

@@ -139,6 +139,17 @@ def test_a_mask_of_any_kind_or_none(recorded, device):
     assert len(recorded) == 1
 
 
+def test_whole_rows_without_a_mask_pack_nothing(recorded, device):
+    model = albert_fast.AlbertModel(config()).to(device).eval()
+    graphed = albert_fast.graphed(model, [(3, 12)])
+    for ids, mask in (batch(3, 12, device).values() for _ in range(2)):
+        for given in (None, mask):
+            with torch.no_grad():
+                expected = model(ids, given)[0]
+            torch.testing.assert_close(graphed(ids, given)[0], expected, rtol=1e-4, atol=1e-5)
+    assert ["attention_mask" in inputs for inputs in recorded] == [False, True]
+
+
 def test_autocast_follows_the_parameters(recorded, device):
     model = albert_fast.AlbertModel(config()).to(device).eval()
     graphed = albert_fast.graphed(model, [(2, 9)])
