@@ -193,7 +193,7 @@ FORWARD_TILES = {
     (64, False): tiles(
         (64, 64),
         sm_80=[(128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
-        sm_90=[(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (32, 64, 4, 2)],  # the last for few tokens
+        sm_90=[(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
         sm_100=[(128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
         single=[(32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)],
     ),
@@ -219,6 +219,10 @@ FORWARD_TILES = {
         single=[(16, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
     ),
 }
+
+
+# Up to here the product before it has left all that it reads in L2.
+_FEW_TOKENS = 1024
 
 
 def attention(
@@ -273,6 +277,7 @@ def attention(
         tiles=FORWARD_TILES[table_key(head_dim, options)],
         dtype=query.dtype,
         key=tuple(map(next_power_of_2, (tokens_q, max_seqlen_q, max_seqlen_k))),
+        in_cache=tokens_q <= _FEW_TOKENS,
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         CAUSAL=options.causal,

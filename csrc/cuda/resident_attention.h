@@ -188,14 +188,13 @@ template <class T, class S>
 struct HeadOfTile {
   static constexpr int kChunks = S::kHeadChunks;
 
-  Block<T, S>* block;
   Eight query[kChunks][2], key[kChunks][2], value[kChunks][2];  // of tokens `row` and `row + 8`
   uint32_t p[4];            // probabilities before they are divided by their sum
   float inverse_sums[2];    // of rows `row` and `row + 8`; 0: no keys
 
-  ALBERT_DEVICE HeadOfTile(Block<T, S>& b, int head) : block(&b) {
-    const int hidden = b.layout().hidden;
-    const T* from = b.args.qkv + b.row * 3 * hidden + head * b.layout().head_dim() + b.quad * 8;
+  ALBERT_DEVICE void load(const Block<T, S>& block, int head) {
+    const int hidden = block.layout().hidden;
+    const T* from = block.args.qkv + block.row * 3 * hidden + head * block.layout().head_dim() + block.quad * 8;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
@@ -208,7 +207,7 @@ struct HeadOfTile {
     }
   }
 
-  ALBERT_DEVICE void attend() {
+  ALBERT_DEVICE void attend(const Block<T, S>& block) {
     Four sums[2] = {};  // of keys 0 to 7 and 8 to 15
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -220,14 +219,14 @@ struct HeadOfTile {
         multiply_add(sums[i], {q[0].pair[2], q[1].pair[2], q[0].pair[3], q[1].pair[3]}, k.pair[2], k.pair[3], T{});
       }
     }
-    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(block->layout().head_dim()));
+    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(block.layout().head_dim()));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Sequence s = block->sequences()[block->row + half * 8];
+      const Sequence s = block.sequences()[block.row + half * 8];
       float x[4], largest = -INFINITY, sum = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int k = i / 2 * 8 + block->quad * 2 + i % 2;
+        const int k = i / 2 * 8 + block.quad * 2 + i % 2;
         x[i] = k >= s.begin && k < s.end ? sums[i / 2].value[2 * half + i % 2] * scale : -INFINITY;
         largest = fmaxf(largest, x[i]);
       }
@@ -245,22 +244,22 @@ struct HeadOfTile {
   // 32 columns of the context of tokens `row` and `row + 8`, as the first operand of a matrix instruction. What a lane
   // has of a value's row, columns 2 i and 2 i + 1 of its eight, counts as columns 2 quad and 2 quad + 1 of a unit: so
   // they come out where the next product wants them.
-  ALBERT_DEVICE void context(int chunk, Eight (&to)[2]) const {
+  ALBERT_DEVICE void context(const Block<T, S>& block, int chunk, Eight (&to)[2]) const {
     Four total[4] = {};
-    for (int token = 0; token < block->args.tokens;) {  // by sequences: each row sees its own values alone
-      const Sequence s = block->sequences()[token];
+    for (int token = 0; token < block.args.tokens;) {  // by sequences: each row sees its own values alone
+      const Sequence s = block.sequences()[token];
       const int end = s.begin == s.end ? token + 1 : s.end;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t v[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          v[half] = Attention<T, S>::masked(transpose(value[chunk][half].pair[i]), half * 8 + block->quad * 2, s);
+          v[half] = Attention<T, S>::masked(transpose(value[chunk][half].pair[i]), half * 8 + block.quad * 2, s);
         Four sum{};
         multiply_add(sum, p, v[0], v[1], T{});
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int r = block->row + j / 2 * 8;
+          const int r = block.row + j / 2 * 8;
           if (r >= token && r < end) total[i].value[j] = sum.value[j] * inverse_sums[j / 2];
         }
       }

@@ -50,7 +50,7 @@ struct Block {
 
   ALBERT_DEVICE explicit Block(const Arguments<T>& a)
       : args(a), shared(shared_memory()), index(block_index()), rank(index % layout().cluster),
-        tiles(divide_up(a.tokens, kTile)), log_tiles(log2_up(tiles)) {
+        tiles(S::kOneTile ? 1 : divide_up(a.tokens, kTile)), log_tiles(log2_up(tiles)) {
     begin();
   }
   // Each phase finds its places anew: those of all phases at a time are more than there are registers.

@@ -192,7 +192,6 @@ struct Encoder {
     wait_copies();
     sync_block();
     fold<kFfn>();
-    const bool every_block_attends = S::kHeadChunks > 0 && block.tiles == 1;
     // Each product prepares while the blocks wait for each other.
 #pragma unroll 1
     for (int pass = 0;; ++pass) {
@@ -214,7 +213,7 @@ struct Encoder {
         fold<kQkv>();
       }
       block.mark();
-      if (!every_block_attends) {
+      if constexpr (!S::kOneTile) {
         if (layout().cluster > 1)
           sync_cluster();
         else
@@ -224,7 +223,7 @@ struct Encoder {
         Attention<T, S>(block).run();
         block.mark();
       }
-      run<kDense>(every_block_attends ? args.qkv : args.context, first);
+      run<kDense>(args.context, first);
       run<kFfn>(args.attended, first);
       run<kFfnOutput>(args.inner, first);
     }

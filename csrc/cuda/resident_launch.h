@@ -118,6 +118,7 @@ int with_sizes(const Layout& l, Use use) {
   switch (l.instance) {
     case 1: return use(InClusters{});
     case 2: return use(Alone{});
+    case 3: return use(OneTile{});
     default: return use(AnySizes{});
   }
 }
@@ -143,7 +144,10 @@ int find_layout(const albert_resident_shape& shape, const Device& device, Layout
     }
     return false;
   };
-  const auto allow = [&] { return with_sizes(layout, [&](auto s) { return allow_shared<T, decltype(s)>(device); }); };
+  const auto allow = [&] {
+    const int error = with_sizes(layout, [&](auto s) { return allow_shared<T, decltype(s)>(device); });
+    return error == 0 && layout.instance == Alone::make().instance ? allow_shared<T, OneTile>(device) : error;
+  };
   if (shape.cluster != 1 && device.has_clusters && device.multiprocessors >= kClusterBlocks) {
     // How many clusters there can be depends on the shared memory, which depends on how many there are.
     int clusters = device.multiprocessors / kClusterBlocks;
@@ -264,13 +268,11 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
     a.cu_seqlens = given->cu_seqlens;
     for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
     a.output = static_cast<T*>(given->output);
-    return with_sizes(a.layout, [&](auto s) {
-      using S = decltype(s);
-      // Blocks that have nothing to multiply with have attention to do, unless every block does all of it.
-      if constexpr (S::kHeadChunks > 0)
-        if (a.tokens <= kTile) a.layout.blocks = S::kLeastBlocks;
-      return start<T, S>(a, stream);
-    });
+    if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
+      a.layout.instance = OneTile::make().instance;
+      a.layout.blocks = OneTile::kLeastBlocks;  // no others have anything to do
+    }
+    return with_sizes(a.layout, [&](auto s) { return start<T, decltype(s)>(a, stream); });
   });
 }
 

@@ -25,7 +25,7 @@ struct Product {
   Block<T, S>& block;
   const Arguments<T>& args;
   const bool normalizes;  // the first pass takes its input, and adds it, as it is
-  const T* x;             // [tokens][inputs]; for kDense also [tokens][3 hidden], query, key and value of one tile
+  const T* x;             // [tokens][inputs]
   const int units, inputs, chunks, chunk_begin;
   const int at_once;    // tiles of a round: all, but in clusters whose blocks have little room
   const int log_parts;  // of a sum: one a warp of its group
@@ -88,9 +88,11 @@ struct Product {
   ALBERT_DEVICE void prepare(int first_tile) {
     part.first = block.warp & ((1 << log_parts) - 1);
     part.step = 1 << log_parts;
-    part.tile = (block.warp >> log_parts) * kTiles;
+    part.tile = S::kOneTile ? 0 : (block.warp >> log_parts) * kTiles;
     part.tiles = least(block.tiles - first_tile, at_once) - part.tile;
-    part.count = part.tiles <= 0 ? 0 : (chunks - part.first + part.step - 1) >> log_parts;
+    // The same for all warps where it can be: the compiler then knows it.
+    const int count = chunks % part.step == 0 ? chunks >> log_parts : (chunks - part.first + part.step - 1) >> log_parts;
+    part.count = part.tiles <= 0 ? 0 : count;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -135,21 +137,22 @@ struct Product {
   }
 
   // The same of one tile's context, which no block wrote: a warp computes heads of it, and multiplies them as they are.
-  ALBERT_DEVICE void add_heads(int rows_of_part) {
-    using Head = HeadOfTile<T, S>;
+  ALBERT_DEVICE void add_heads(int rows_of_part) const {
+    HeadOfTile<T, S> heads[S::kHeadRounds];
+    const auto head_of = [&](int i) { return i * kWarps + block.warp; };
+#pragma unroll
+    for (int i = 0; i < S::kHeadRounds; ++i)
+      if (head_of(i) < layout().heads) heads[i].load(block, head_of(i));
     Four sums[kTiles][kMostUnits] = {};
-    const int heads = layout().heads;
-    Head next(block, block.warp < heads ? block.warp : 0);
-#pragma unroll 1
-    for (int head = block.warp; head < heads; head += kWarps) {
-      Head now = next;
-      if (head + kWarps < heads) next = Head(block, head + kWarps);
-      now.attend();
+#pragma unroll
+    for (int i = 0; i < S::kHeadRounds; ++i) {
+      if (head_of(i) >= layout().heads) break;
+      heads[i].attend(block);
 #pragma unroll
       for (int chunk = 0; chunk < S::kHeadChunks; ++chunk) {
         Eight context[kTiles][2] = {};
-        now.context(chunk, context[0]);
-        multiply(sums, context, part, head * S::kHeadChunks + chunk);
+        heads[i].context(block, chunk, context[0]);
+        multiply(sums, context, part, head_of(i) * S::kHeadChunks + chunk);
       }
     }
     leave(sums, part, rows_of_part);
@@ -308,14 +311,10 @@ struct Product {
     for (int first = 0; first < block.tiles; first += at_once) {
       const int tiles_here = least(block.tiles - first, at_once);
       const int parts = 1 << log_parts, rows_of_part = kTiles * kTile * kWarps >> log_parts;
-      if constexpr (kMatrix == kDense && S::kHeadChunks > 0) {
-        if (x == args.qkv)
-          add_heads(rows_of_part);
-        else
-          add_chunks(first, rows_of_part);
-      } else {
+      if constexpr (kMatrix == kDense && S::kOneTile)
+        add_heads(rows_of_part);
+      else
         add_chunks(first, rows_of_part);
-      }
       Finish end(*this, first, tiles_here);
       sync_block();
       const float* from = block.sums();

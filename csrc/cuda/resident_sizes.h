@@ -6,17 +6,19 @@ namespace albert {
 
 struct AnySizes {
   static constexpr bool kInClusters = false;  // alone: serves both
-  static constexpr int kTilesOfWarp = 1, kBatch = 4, kHeadChunks = 0;
+  static constexpr bool kOneTile = false;
+  static constexpr int kTilesOfWarp = 1, kBatch = 4;
   ALBERT_DEVICE static const Layout& layout(const Layout& given) { return given; }
 };
 
 // Of a layer on kBlocks blocks: more of them may run, and have nothing to multiply with.
-template <int kInstance, int kHidden, int kInner, int kHeads, int kBlocks, int kCluster, int kTiles>
+template <int kInstance, int kHidden, int kInner, int kHeads, int kBlocks, int kCluster, int kTiles, bool kOne = false>
 struct Sizes {
   static constexpr bool kInClusters = kCluster > 1;
-  static constexpr int kTilesOfWarp = kTiles, kBatch = 6 / kTiles, kLeastBlocks = kBlocks;
-  // Of 32 elements, of a head whose attention every block computes; 0: none does.
-  static constexpr int kHeadChunks = kCluster > 1 ? 0 : kHidden / kHeads / 32;
+  static constexpr bool kOneTile = kOne;  // of tokens: every block then computes all of attention itself
+  // A warp's share of ffn_output's inputs is 12 chunks: of one tile they are all on their way at once.
+  static constexpr int kTilesOfWarp = kTiles, kBatch = kOne ? 12 : 6 / kTiles, kLeastBlocks = kBlocks;
+  static constexpr int kHeadChunks = kHidden / kHeads / kChunk, kHeadRounds = divide_up(kHeads, kWarps);
   ALBERT_BOTH static constexpr Layout make() {
     return make_layout(kInstance, kHidden, kInner, kHeads, kBlocks, kCluster, kTiles, kMostTiles);
   }
@@ -29,10 +31,12 @@ struct Sizes {
 #ifdef __CUDACC__  // ALBERT base, from 16 clusters on; and as an A100 has room for it
 using InClusters = Sizes<1, 768, 3072, 12, 128, 8, 2>;
 using Alone = Sizes<2, 768, 3072, 12, 96, 1, 1>;
+using OneTile = Sizes<3, 768, 3072, 12, 96, 1, 1, true>;
 static_assert(InClusters::make().shared_bytes <= 227 << 10 && Alone::make().shared_bytes <= 163 << 10, "no room");
 #else  // as little, for tests
 using InClusters = Sizes<1, 64, 96, 2, 8, 8, 2>;
 using Alone = Sizes<2, 64, 96, 2, 3, 1, 1>;
+using OneTile = Sizes<3, 64, 96, 2, 3, 1, 1, true>;
 #endif
 
 }  // namespace albert
