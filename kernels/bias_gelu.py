@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from albert_fast.kernels.column_sum import column_sum, strips
+from albert_fast.kernels.column_sum import column_sum, first_sums, strips
 from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch
 
 # 256 columns are a whole warp with 16 bytes a thread.
@@ -103,6 +103,7 @@ def gelu_backward_kernel(
     stride_grad_x,
     stride_activated,
     FORM: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -112,7 +113,10 @@ def gelu_backward_kernel(
     column_inside = column < columns
     if bias is not None:
         b = tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    partial = column
+    if partials is not None:
+        partial = partials + program.to(tl.int64) * columns + column
+    sums = first_sums(partial, column_inside, ROWS, COLUMNS, ACCUMULATE)
     last = tl.minimum(program * strip + strip, tokens)
     for start in tl.range(program * strip, last, ROWS, num_stages=STAGES):
         token = start + tl.arange(0, ROWS)
@@ -129,7 +133,7 @@ def gelu_backward_kernel(
             tl.store(activated + row * stride_activated + column[None, :], value, mask=mask)
         sums += grad
     if partials is not None:
-        tl.store(partials + program.to(tl.int64) * columns + column, tl.sum(sums, axis=0), mask=column_inside)
+        tl.store(partial, tl.sum(sums, axis=0), mask=column_inside)
 
 
 def gelu(x: Tensor, bias: Tensor | None, form: str, out: Tensor | None = None) -> Tensor:
@@ -162,7 +166,7 @@ def gelu_backward(
     grad_x: Tensor | None = None,
     activated: Tensor | None = None,
     *,
-    sums: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gelu`.
 
@@ -172,17 +176,23 @@ def gelu_backward(
         grad_x: a buffer like x, or None; may be grad_output or x.
         activated: a buffer like x, which receives gelu(x + bias), or None; may be the one of grad_output and x that
             grad_x is not.
-        sums: float32 [columns], to which the gradient of bias is added; None: a new tensor.
+        partials: float32 [programs, columns], contiguous, to which is added what has the gradient of bias as its column
+            sums; of `programs_of` rows. None: the gradient is returned.
 
     Returns:
-        gradient of x, and that of bias in float32: None without a bias.
+        gradient of x, and that of bias in float32: None without a bias and with `partials`.
     """
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad_x is None else grad_x
-    grad_bias = sums
-    if bias is not None and sums is None:
+    grad_bias = None
+    if bias is not None and partials is None:
         grad_bias = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
-    _backward(grad_output, x, bias, form, grad_x, activated, grad_bias, accumulate=sums is not None)
+    _backward(grad_output, x, bias, form, grad_x, activated, grad_bias, partials)
     return grad_x, grad_bias
+
+
+def programs_of(device: torch.device, tokens: int, columns: int) -> int:
+    """How many strips of rows there are in the backward pass."""
+    return strips(device, tokens, _PROGRAMS, sharing=max(1, cdiv(columns, 256)))
 
 
 def _backward(
@@ -193,15 +203,12 @@ def _backward(
     grad_x: Tensor,
     activated: Tensor | None,
     grad_bias: Tensor | None,
-    *,
-    accumulate: bool = False,
+    partials: Tensor | None = None,
 ) -> None:
-    """Launches the kernels; grad_bias may have any dtype."""
+    """grad_bias, of any dtype, is written, or `partials` added to."""
     tokens, columns = x.shape
-    # The columns of a strip are shared by so many programs.
-    sharing = max(1, cdiv(columns, 256))
-    programs = max(1, strips(x.device, tokens * sharing, _PROGRAMS) // sharing)
-    partials = None
+    programs = programs_of(x.device, tokens, columns) if partials is None else len(partials)
+    accumulate = partials is not None
     if grad_bias is not None:
         partials = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     launch(
@@ -214,16 +221,18 @@ def _backward(
         activated,
         partials,
         tokens,
-        cdiv(tokens, programs),
+        cdiv(tokens, max(programs, 1)),
         columns,
         *(0 if tensor is None else tensor.stride(0) for tensor in (grad_output, x, grad_x, activated)),
         tiles=BACKWARD_TILES,
         dtype=x.dtype,
         key=(columns, activated is not None),
         FORM=form,
+        ACCUMULATE=accumulate,
     )
     if grad_bias is not None:
-        column_sum(partials, (grad_bias,), accumulate=accumulate)
+        assert partials is not None
+        column_sum(partials, (grad_bias,))
 
 
 # -------------------------------------------------------------------------------------------------------- the operation

@@ -2,6 +2,9 @@
 
 Every program of a backward kernel walks a strip of rows and keeps the sums of its columns in registers; it writes
 them once, as one row of `partials`. Here those rows are added, always in the same order: no atomics.
+
+Where several launches have one sum, as the passes of a shared layer do, each program adds to the row that it wrote in
+the launch before, and the rows are added once, after the last. No two programs meet in a row.
 """
 
 from __future__ import annotations
@@ -22,9 +25,24 @@ _EACH = dict.fromkeys(ARCHITECTURES, (_CONFIG,))
 TILES = Tiles(interpreter=Config({"ROWS": 8, "COLUMNS": 256}), half=_EACH, single=_EACH)
 
 
-def strips(device: torch.device, rows: int, per_multiprocessor: int) -> int:
-    """How many programs share `rows` rows: so many on each multiprocessor, fewer where each would get less than 4."""
-    return min(cdiv(rows, 4), multiprocessors(device) * per_multiprocessor)
+def strips(device: torch.device, rows: int, per_multiprocessor: int, sharing: int = 1) -> int:
+    """How many strips `rows` rows are cut into, each for so many programs that share its columns: so many programs on
+    each multiprocessor, fewer where each would get less than 4 rows."""
+    programs = min(cdiv(rows * sharing, 4), multiprocessors(device) * per_multiprocessor)
+    return min(rows, max(1, programs // sharing))
+
+
+@triton.jit
+def first_sums(partial, column_inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Where a program's sums [ROWS, COLUMNS] start: at zero, or one row of them at what the program left in `partial`.
+
+    It is read then while the first tile is, and nothing is waited for at the end.
+    """
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if ACCUMULATE:
+        left = tl.load(partial, mask=column_inside, other=0.0)
+        sums = tl.where(tl.arange(0, ROWS)[:, None] == 0, left[None, :], sums)
+    return sums
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -37,7 +55,6 @@ def column_sum_kernel(
     columns,
     end_first,
     end_second,
-    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -52,27 +69,19 @@ def column_sum_kernel(
     in_first = column < end_first
     in_second = (column >= end_first) & (column < end_second)
     in_third = (column >= end_second) & (column < columns)
-    _write(first + column, total, in_first & (column < columns), ACCUMULATE)
+    tl.store(first + column, total, mask=in_first & (column < columns))
     if second is not None:
-        _write(second + (column - end_first), total, in_second, ACCUMULATE)
+        tl.store(second + (column - end_first), total, mask=in_second)
     if third is not None:
-        _write(third + (column - end_second), total, in_third, ACCUMULATE)
+        tl.store(third + (column - end_second), total, mask=in_third)
 
 
-@triton.jit
-def _write(pointers, values, mask, ACCUMULATE: tl.constexpr):
-    if ACCUMULATE:
-        values += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    tl.store(pointers, values, mask=mask)
-
-
-def column_sum(partials: Tensor, outputs: Sequence[Tensor], *, accumulate: bool = False) -> None:
+def column_sum(partials: Tensor, outputs: Sequence[Tensor]) -> None:
     """Writes the column sums of `partials` to `outputs`, one after the other.
 
     Args:
         partials: float32 [programs, columns], contiguous.
         outputs: one to three contiguous tensors of any shape and dtype with `columns` elements together.
-        accumulate: whether to add to what `outputs` hold.
     """
     programs, columns = partials.shape
     ends = [outputs[0].numel()]
@@ -89,5 +98,74 @@ def column_sum(partials: Tensor, outputs: Sequence[Tensor], *, accumulate: bool 
         tiles=TILES,
         dtype=partials.dtype,
         key=(columns,),
-        ACCUMULATE=accumulate,
+    )
+
+
+# --------------------------------------------------------------------------------------------- of what no kernel summed
+
+
+# 16 bytes of a row a thread. As many programs as run at once.
+STRIP_TILES = Tiles(
+    interpreter=Config({"ROWS": 8, "COLUMNS": 16}),
+    half=dict.fromkeys(ARCHITECTURES, tuple(Config({"ROWS": rows, "COLUMNS": 256}) for rows in (16, 32))),
+    single=dict.fromkeys(ARCHITECTURES, tuple(Config({"ROWS": rows, "COLUMNS": 128}) for rows in (16, 32))),
+)
+_STRIP_PROGRAMS = 8
+
+
+@triton.jit(do_not_specialize=["rows", "strip"])
+def strip_sum_kernel(
+    x,  # [rows, parts, columns]
+    partials,  # float32 [strips, parts, columns], added to
+    rows,
+    strip,
+    columns,
+    stride_row,
+    stride_part,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # Programs that follow one another share rows: pages of memory are read in order.
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part, program = tl.program_id(1), tl.program_id(2)
+    column_inside = column < columns
+    start_of_part = x + part.to(tl.int64) * stride_part + column
+    partial = partials + (program * tl.num_programs(1) + part).to(tl.int64) * columns + column
+    sums = first_sums(partial, column_inside, ROWS, COLUMNS, True)
+    last = tl.minimum(program * strip + strip, rows)
+    for start in tl.range(program * strip, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & column_inside[None, :]
+        values = tl.load(start_of_part[None, :] + row.to(tl.int64)[:, None] * stride_row, mask=mask, other=0.0)
+        sums += values.to(tl.float32)
+    tl.store(partial, tl.sum(sums, axis=0), mask=column_inside)
+
+
+def programs_of(device: torch.device, rows: int, parts: int, columns: int) -> int:
+    """How many strips of rows `add_strip_sums` is best given."""
+    return strips(device, rows, _STRIP_PROGRAMS, sharing=parts * cdiv(columns, 256))
+
+
+def add_strip_sums(x: Tensor, partials: Tensor) -> None:
+    """Adds the sums over strips of rows of x to `partials`.
+
+    Args:
+        x: [rows, parts, columns], columns contiguous.
+        partials: float32 [strips, parts, columns], contiguous.
+    """
+    rows, parts, columns = x.shape
+    programs = len(partials)
+    launch(
+        strip_sum_kernel,
+        lambda blocks: (cdiv(columns, blocks["COLUMNS"]), parts, programs),
+        x,
+        partials,
+        rows,
+        cdiv(rows, max(programs, 1)),
+        columns,
+        x.stride(0),
+        x.stride(1),
+        tiles=STRIP_TILES,
+        dtype=x.dtype,
+        key=(columns,),
     )

@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from albert_fast import backends
 from albert_fast.kernels import dropout
 from albert_fast.kernels import layer_norm_backward as rows
+from albert_fast.kernels.column_sum import column_sum
 from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import row_statistics
 
@@ -159,6 +160,7 @@ def layer_norm_backward(
     summed: Tensor,
     weight: Tensor,
     statistics: Tensor,
+    partials: Tensor,
     *,
     more: Tensor | None = None,
     ln_bias: Tensor | None = None,
@@ -169,8 +171,7 @@ def layer_norm_backward(
     grad_residual: Tensor | None = None,
     grad_x: Tensor | None = None,
     normed: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of `layer_norm_forward`, from the sum and the statistics that it kept.
 
     Args:
@@ -178,20 +179,18 @@ def layer_norm_backward(
         more: [tokens, hidden], contiguous, which is added to grad_output in float32; or None.
         weight, ln_bias: [hidden], contiguous; ln_bias for `normed` alone.
         statistics: float32 [2, tokens], contiguous.
+        partials: float32 [programs, 3 hidden], contiguous, to which is added what has the gradients of weight, ln_bias
+            and bias as its column sums; of `programs_of` rows.
         grad_residual, grad_x, normed: buffers [tokens, hidden], columns contiguous, or None; the first three tensors
             read or written may be one. `normed` receives LayerNorm(summed).
-        sums: float32 [3, hidden], to which the gradients of weight, ln_bias and bias are added. None: new tensors.
 
     Returns:
-        gradients of residual, x, weight, ln_bias and bias, the last three in float32. Without dropout and without a
-        buffer for the second, the first two are one tensor.
+        gradients of residual and x; without dropout and without a buffer for the second, one tensor.
     """
-    hidden = summed.shape[1]
     if grad_residual is None:
         grad_residual = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
     if grad_x is None and dropout_p:
         grad_x = torch.empty(summed.shape, dtype=grad_residual.dtype, device=summed.device)
-    vectors = torch.empty(3, hidden, dtype=torch.float32, device=summed.device) if sums is None else sums
     rows.run(
         grad_output,
         summed,
@@ -203,17 +202,16 @@ def layer_norm_backward(
         grad_residual,
         grad_x,
         normed,
-        (vectors,),
+        partials,
         eps=0.0,
         dropout_p=dropout_p,
         seed=seed,
         site=site,
         cu_seqlens=cu_seqlens,
         more=more,
-        accumulate=sums is not None,
+        accumulate=True,
     )
-    grad_weight, grad_ln_bias, grad_bias = vectors
-    return grad_residual, grad_residual if grad_x is None else grad_x, grad_weight, grad_ln_bias, grad_bias
+    return grad_residual, grad_residual if grad_x is None else grad_x
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -337,6 +335,9 @@ def dropout_add_layer_norm_backward(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
         for tensor in (x, bias, residual, weight, ln_bias)
     )
+    tokens, hidden = x.shape
+    programs = rows.programs_of(x.device, tokens, hidden, dropout_p)
+    partials = torch.empty(programs, 3 * hidden, dtype=torch.float32, device=x.device)
     rows.run(
         contiguous_columns(grad_output),
         contiguous_columns(x),
@@ -348,11 +349,12 @@ def dropout_add_layer_norm_backward(
         grad_residual,
         grad_x,
         None,
-        (grad_weight, grad_ln_bias, grad_bias),
+        partials,
         eps=eps,
         dropout_p=dropout_p,
         seed=seed,
         site=site,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
     )
+    column_sum(partials, (grad_weight, grad_ln_bias, grad_bias))
     return grad_x, grad_bias, grad_residual, grad_weight, grad_ln_bias

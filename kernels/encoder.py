@@ -5,16 +5,18 @@
 
 `albert_fast.ops.encoder` has the mathematics. What forward keeps for backward is 20 bytes x hidden for each token and
 pass in half precision (qkv 6, context 2, both sums 4, inner 8 at four times the hidden size), and the statistics of the
-rows: a pass's input is rebuilt from the sum before it.
+rows: a pass's input is rebuilt from the sum before it, by the LayerNorm's backward that reads it anyway where it can.
 
 The layer is the same in every pass, so its weight gradient is one product over the tokens of all passes. Backward
 gathers what it multiplies over as many passes as make the product deep enough to fill the GPU and memory allows, at
-most `GATHERED_TOKENS` tokens, and adds the products in float32.
+most `GATHERED_TOKENS` tokens, and adds the products in float32. For gradients of vectors each program adds the sums
+over its strip of tokens to those that it left in the pass before.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -24,8 +26,12 @@ from torch import Tensor
 from albert_fast.kernels import encoder_few_tokens as few_tokens
 from albert_fast.kernels.attention_backward import attention_backward
 from albert_fast.kernels.attention_forward import attention
+from albert_fast.kernels.bias_gelu import programs_of as gelu_programs
+from albert_fast.kernels.column_sum import column_sum
+from albert_fast.kernels.column_sum import programs_of as strip_sum_programs
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
 from albert_fast.kernels.launch import cdiv, memory_bytes
+from albert_fast.kernels.layer_norm_backward import programs_of as layer_norm_programs
 from albert_fast.kernels.products import activation_gradient, add_weight_gradient, linear_activation
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
@@ -237,23 +243,33 @@ class _Loop:
         layer_norm_apply(before.output_summed, layer.norm_weight, layer.norm_bias, before.statistics[1], out=out)
 
     def backward_pass(
-        self, index: int, grad: Tensor, more: Tensor | None, kept: _Kept, gathered: _Gathered, sums: _LayerGradients
+        self,
+        index: int,
+        grad: Tensor,
+        more: Tensor | None,
+        kept: _Kept,
+        gathered: _Gathered,
+        sums: _LayerGradients,
+        output: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the pass's input from that of its output, each as a sum of two: who reads them next adds them on
-        the way. Those of vectors are added to `sums`, what those of matrices need goes to `gathered`."""
+        the way. Those of vectors are added to `sums`, what those of matrices need goes to `gathered`. `output` receives
+        the pass's output; None where nobody needs it."""
         layer = self.layers[self.layer_of_pass[index]]
-        grad_output, *_ = layer_norm_backward(
+        grad_output, _ = layer_norm_backward(
             grad,
             kept.output_summed,
             layer.norm_weight,
             kept.statistics[1],
+            sums.norm,
             more=more,
+            ln_bias=layer.norm_bias,
             dropout_p=0.0,
             seed=None,
             site=0,
             cu_seqlens=None,
             grad_residual=gathered.grad_output,
-            sums=sums.norm,
+            normed=output,
         )
         inner = kept.inner
         if inner is None:
@@ -268,15 +284,16 @@ class _Loop:
             self.form,
             grad_inner=gathered.grad_inner,
             activated=gathered.activated,
-            sums=sums.ffn_bias,
+            partials=sums.ffn_bias,
         )
         grad_h = gathered.grad_inner @ layer.ffn_weight
         dropped = self.options.hidden_dropout_p > 0.0
-        grad_sum, *_ = layer_norm_backward(
+        grad_sum, _ = layer_norm_backward(
             grad_h,
             kept.summed,
             layer.attention_norm_weight,
             kept.statistics[0],
+            sums.attention_norm,
             more=grad_output,
             ln_bias=layer.attention_norm_bias,
             site=2 + 2 * index,
@@ -284,7 +301,6 @@ class _Loop:
             grad_residual=grad_h if dropped else gathered.grad_projected,
             grad_x=gathered.grad_projected if dropped else None,
             normed=gathered.h,
-            sums=sums.attention_norm,
         )
         attention_backward(
             gathered.grad_projected @ layer.dense_weight,
@@ -323,16 +339,21 @@ class _Gathered(NamedTuple):
 
 
 class _LayerGradients:
-    """The sums over the passes of one layer, in float32."""
+    """The sums over the passes of one layer, in float32; of vectors a row for each strip of tokens, until the end."""
 
     def __init__(self, loop: _Loop) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return loop.like.new_zeros(shape, dtype=torch.float32)
-
-        width = loop.width
-        # Of weight and bias of a LayerNorm, and of the bias before it.
-        self.norm, self.attention_norm = zeros(3, width), zeros(3, width)
-        self.ffn_bias, self.qkv_bias = zeros(loop.intermediate), zeros(3 * width)
+        like, width, wide = loop.like, loop.width, loop.intermediate
+        rows = (like.device, loop.tokens)
+        shapes: list[tuple[int, ...]] = [
+            (layer_norm_programs(*rows, width, 0.0), 3 * width),
+            (layer_norm_programs(*rows, width, loop.options.hidden_dropout_p), 3 * width),
+            (gelu_programs(*rows, wide), wide),
+            (strip_sum_programs(*rows, 2, width), 2, width),
+        ]
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = like.new_zeros(sum(sizes), dtype=torch.float32).split(sizes)
+        # Of weight and bias of a LayerNorm and of the bias before it; of a bias; of the biases of query and value.
+        self.norm, self.attention_norm, self.ffn_bias, self.qv_bias = map(Tensor.view, parts, shapes)
         self.matrices: dict[str, Tensor] = {}
 
     def add(self, gathered: _Gathered, context: Tensor) -> None:
@@ -344,19 +365,30 @@ class _LayerGradients:
             "ffn_output": (gathered.grad_output, gathered.activated),
         }
         # The other biases' gradients came with those of what follows them.
-        sums = {"qkv": self.qkv_bias}
+        sums = {"qkv": self.qv_bias}
         for name, (grad, x) in products.items():
             total = self.matrices.get(name)
             self.matrices[name] = add_weight_gradient(total, grad.flatten(0, 1), x.flatten(0, 1), sums.get(name))
 
     def by_parameter(self) -> list[Tensor]:
         """In the order of a layer's parameters; some are views of one tensor."""
-        norm_weight, norm_bias, ffn_output_bias = self.norm.unbind()
-        attention_norm_weight, attention_norm_bias, dense_bias = self.attention_norm.unbind()
-        apart = zip(self.matrices["qkv"].chunk(3), self.qkv_bias.chunk(3), strict=True)
-        others = [self.matrices["dense"], dense_bias, attention_norm_weight, attention_norm_bias, self.matrices["ffn"]]
-        others += [self.ffn_bias, self.matrices["ffn_output"], ffn_output_bias, norm_weight, norm_bias]
-        return [part for pair in apart for part in pair] + others
+        norm_weight, norm_bias, ffn_output_bias = _vectors(self.norm, 3)
+        attention_norm_weight, attention_norm_bias, dense_bias = _vectors(self.attention_norm, 3)
+        (ffn_bias,) = _vectors(self.ffn_bias, 1)
+        query_bias, value_bias = _vectors(self.qv_bias, 2)
+        # The bias of the keys shifts all scores of a query alike, which no softmax sees, whatever the mask and dropout.
+        key_bias = torch.zeros_like(query_bias)
+        query, key, value = self.matrices["qkv"].chunk(3)
+        first = [query, query_bias, key, key_bias, value, value_bias, self.matrices["dense"], dense_bias]
+        then = [attention_norm_weight, attention_norm_bias, self.matrices["ffn"], ffn_bias]
+        return [*first, *then, self.matrices["ffn_output"], ffn_output_bias, norm_weight, norm_bias]
+
+
+def _vectors(partials: Tensor, count: int) -> list[Tensor]:
+    """The sums of `partials` over its rows, as so many vectors."""
+    vectors = [partials.new_empty(partials.shape[1:].numel() // count) for _ in range(count)]
+    column_sum(partials.flatten(1), vectors)
+    return vectors
 
 
 # ------------------------------------------------------------------------------------------------- the implementations
@@ -464,15 +496,18 @@ def encoder_backward(
     for first, last in reversed(runs):
         layer_gradients = gradients[loop.layer_of_pass[first]]
         for index in reversed(range(first, last)):
-            slot = slots[index - first]
+            slot, output = slots[index - first], None
             if options.recompute == "layer":
                 of_pass = again._replace(context=context[index - first])
                 slot.x.copy_(kept[0][index])
                 loop.forward_pass(index, slot.x, of_pass, y, h, wide)
             else:
                 of_pass = by_pass[index]
-                loop.input_of(index, kept[0], by_pass, slot.x)
-            grad, more = loop.backward_pass(index, grad, more, of_pass, slot, layer_gradients)
+                if index + 1 < last:  # of this run, whose products alone read `x`
+                    output = slots[index + 1 - first].x
+                if index == first:
+                    loop.input_of(index, kept[0], by_pass, slot.x)
+            grad, more = loop.backward_pass(index, grad, more, of_pass, slot, layer_gradients, output)
             if options.return_all:
                 grad = grad + grad_output[index]
         contexts = context[: last - first] if options.recompute == "layer" else of_all.context[first:last]

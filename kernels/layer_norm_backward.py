@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from albert_fast.kernels import dropout
-from albert_fast.kernels.column_sum import column_sum, strips
+from albert_fast.kernels.column_sum import first_sums, strips
 from albert_fast.kernels.launch import ARCHITECTURES, Config, Tiles, cdiv, launch, next_power_of_2
 
 
@@ -117,6 +117,7 @@ def layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
     SAVED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     OFFSETS: tl.constexpr,
     MORE_OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -135,9 +136,10 @@ def layer_norm_backward_kernel(
         key = tl.load(seed)
         if cu_seqlens is not None:
             end, step = dropout.row_ends(cu_seqlens, batch, 0, OFFSETS)
-    sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    sum_ln_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    partial = partials + program.to(tl.int64) * 3 * hidden + column
+    sum_weight = first_sums(partial, column_inside, ROWS, BLOCK, ACCUMULATE)
+    sum_ln_bias = first_sums(partial + hidden, column_inside, ROWS, BLOCK, ACCUMULATE)
+    sum_bias = first_sums(partial + 2 * hidden, column_inside, ROWS, BLOCK, ACCUMULATE)
 
     last = tl.minimum(program * strip + strip, tokens)
     for start in tl.range(program * strip, last, ROWS, num_stages=STAGES):
@@ -178,10 +180,14 @@ def layer_norm_backward_kernel(
         sum_ln_bias += grad
         sum_bias += gradient
 
-    partial = partials + program.to(tl.int64) * 3 * hidden + column
     tl.store(partial, tl.sum(sum_weight, axis=0), mask=column_inside)
     tl.store(partial + hidden, tl.sum(sum_ln_bias, axis=0), mask=column_inside)
     tl.store(partial + 2 * hidden, tl.sum(sum_bias, axis=0), mask=column_inside)
+
+
+def programs_of(device: torch.device, tokens: int, hidden: int, dropout_p: float) -> int:
+    """As many as run at once: with masks a thread has about 220 registers, without about 160."""
+    return strips(device, tokens, max(1, (8 if dropout_p else 12) // warps_of(block_of(hidden))))
 
 
 def run(
@@ -195,7 +201,7 @@ def run(
     grad_residual: Tensor,
     grad_x: Tensor | None,
     normed: Tensor | None,
-    vectors: Sequence[Tensor],
+    partials: Tensor,
     *,
     eps: float,
     dropout_p: float,
@@ -205,13 +211,10 @@ def run(
     more: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Launches the two kernels. `vectors`: gradients of weight, ln_bias and bias, of any dtypes; `more`: contiguous, is
-    added to grad_output."""
+    """`partials`: float32 [programs, 3 hidden], written or added to, whose column sums are the gradients of weight,
+    ln_bias and bias; `more`: contiguous, is added to grad_output."""
     tokens, hidden = grad_output.shape
-    block = block_of(hidden)
-    # As many programs as run at once: with masks a thread has about 220 registers, without about 160.
-    programs = strips(grad_output.device, tokens, max(1, (8 if dropout_p else 12) // warps_of(block)))
-    partials = torch.empty(programs, 3 * hidden, dtype=torch.float32, device=grad_output.device)
+    block, programs = block_of(hidden), len(partials)
     outputs = (grad_residual, grad_x, normed)
     launch(
         layer_norm_backward_kernel,
@@ -243,6 +246,6 @@ def run(
         BLOCK=block,
         SAVED=statistics is not None,
         DROPOUT=dropout_p > 0,
+        ACCUMULATE=accumulate,
         **dropout.offsets_block(cu_seqlens, dropout_p),
     )
-    column_sum(partials, vectors, accumulate=accumulate)

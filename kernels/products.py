@@ -24,6 +24,7 @@ from torch import Tensor
 from albert_fast import cublaslt
 from albert_fast.kernels import tuning
 from albert_fast.kernels.bias_gelu import gelu, gelu_backward
+from albert_fast.kernels.column_sum import add_strip_sums
 from albert_fast.kernels.launch import architecture, next_power_of_2
 
 FUSED, APART = "cuBLASLt", "apart"
@@ -56,21 +57,22 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, form: str, inner:
 
 
 def activation_gradient(
-    grad: Tensor, weight: Tensor, inner: Tensor, form: str, grad_inner: Tensor, activated: Tensor, sums: Tensor
+    grad: Tensor, weight: Tensor, inner: Tensor, form: str, grad_inner: Tensor, activated: Tensor, partials: Tensor
 ) -> None:
-    """grad_inner = (grad weight) act'(inner), activated = act(inner), sums += grad_inner over the tokens.
+    """grad_inner = (grad weight) act'(inner), activated = act(inner), and the sums of grad_inner over strips of tokens.
 
     Args:
         grad: [tokens, in], contiguous; all others alike.
         weight: [in, out].
         inner: [tokens, out], of `linear_activation`.
         grad_inner, activated: [tokens, out], written.
-        sums: float32 [out], added to. What is added is rounded to the dtype of `grad` by cuBLASLt.
+        partials: float32 [programs, out], added to as by `gelu_backward`. The sum over all tokens by cuBLASLt, which
+            rounds it to the dtype of `grad`, is added to the first row.
     """
 
     def apart() -> None:
         torch.mm(grad, weight, out=grad_inner)
-        gelu_backward(grad_inner, inner, None, form, grad_x=grad_inner, activated=activated, sums=sums)
+        gelu_backward(grad_inner, inner, None, form, grad_x=grad_inner, activated=activated, partials=partials)
 
     if form != "tanh" or not _serves(grad):
         apart()
@@ -81,20 +83,21 @@ def activation_gradient(
         if not cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)():
             return False
         gelu(inner, None, form, out=activated)  # the activations were not kept
-        sums.add_(grad_bias)
+        partials[0].add_(grad_bias)
         return True
 
-    _run(activation_gradient, grad, weight.shape, fused, apart, (grad_inner, activated, sums))
+    _run(activation_gradient, grad, weight.shape, fused, apart, (grad_inner, activated, partials))
 
 
-def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, sums: Tensor | None = None) -> Tensor:
-    """total + gradᵀ x in float32, in place, and sums += grad over the tokens.
+def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, partials: Tensor | None = None) -> Tensor:
+    """total + gradᵀ x in float32, in place, and the sums of parts of grad over strips of tokens.
 
     Args:
         total: float32 [out, in]; None is zero.
         grad: [tokens, out], contiguous.
         x: [tokens, in], likewise.
-        sums: float32 [out], added to; or None.
+        partials: float32 [strips, 2, out / 3], added to as by `add_strip_sums`: the sums of the first third of grad's
+            columns, queries', and of the last, values'; or None.
 
     Returns:
         `total`, or a new tensor.
@@ -103,24 +106,27 @@ def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, sums: Ten
     if total is None:
         total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
 
+    def thirds(rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (3, -1))[..., ::2, :]
+
     def apart() -> None:
         _add_product(total, grad, x, 1.0 if accumulate else 0.0)
-        if sums is not None:
-            sums.add_(grad.sum(0, dtype=torch.float32))
+        if partials is not None:
+            add_strip_sums(thirds(grad), partials)
 
     # Without sums this is the product that PyTorch has.
-    if sums is None or not _serves(grad):
+    if partials is None or not _serves(grad):
         apart()
         return total
 
     def fused() -> bool:
-        grad_bias = torch.empty_like(sums)
+        grad_bias = total.new_empty(grad.shape[1])
         if not cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)():
             return False
-        sums.add_(grad_bias)
+        partials[0].add_(thirds(grad_bias))
         return True
 
-    _run(add_weight_gradient, grad, (*total.shape, accumulate), fused, apart, (total, sums))
+    _run(add_weight_gradient, grad, (*total.shape, accumulate), fused, apart, (total, partials))
     return total
 
 

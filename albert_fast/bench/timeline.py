@@ -57,6 +57,7 @@ KERNEL_KINDS = {
     "gelu_kernel": REST,
     "gelu_backward_kernel": REST,
     "column_sum_kernel": REST,
+    "strip_sum_kernel": REST,
     "layer_norm_forward_kernel": REST,
     "layer_norm_apply_kernel": REST,
     "layer_norm_backward_kernel": REST,

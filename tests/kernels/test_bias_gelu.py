@@ -7,7 +7,7 @@ from ops.parity import assert_all_close, assert_same_bits
 from torch import Tensor
 
 from albert_fast import triton_backend
-from albert_fast.kernels.bias_gelu import gelu, gelu_backward
+from albert_fast.kernels.bias_gelu import gelu, gelu_backward, programs_of
 from albert_fast.ops.bias_gelu import FORMS
 
 parametrize_form = pytest.mark.parametrize("form", FORMS)
@@ -76,18 +76,33 @@ def test_into_buffers_with_strides_and_in_place(form, device):
     assert_same_arithmetic({"x": grad_there, "y": x_there}, {"x": grad_x, "y": y})
     grad_there.copy_(grad)
     x_there.copy_(x)
-    sums = torch.ones(30, device=device)
+    partials = torch.zeros(programs_of(device, 40, 30), 30, device=device)
     # The loop's own use: the gradient replaces that of the output, the activations what they were computed from.
-    results = gelu_backward(grad_there, x_there, bias, form, grad_x=grad_there, activated=x_there, sums=sums)
+    results = gelu_backward(grad_there, x_there, bias, form, grad_x=grad_there, activated=x_there, partials=partials)
     assert results[0] is grad_there
-    assert results[1] is sums
-    assert_same_arithmetic({"x": grad_there, "y": x_there, "bias": sums}, {"x": grad_x, "y": y, "bias": grad_bias + 1})
+    assert results[1] is None
+    assert_same_arithmetic({"x": grad_there, "y": x_there}, {"x": grad_x, "y": y})
+    assert_all_close({"": partials.sum(0)}, {"": grad_bias}, tolerance=1e-6)
     x_there.copy_(x)
     assert gelu(x_there, bias, form, out=x_there) is x_there
     assert torch.equal(x_there, y)
     for buffer in (wide, wider):
         assert torch.equal(buffer[:, :8], torch.full_like(buffer[:, :8], 7.0))
         assert torch.equal(buffer[:, 38:], torch.full_like(buffer[:, 38:], 7.0))
+
+
+@parametrize_form
+def test_partial_sums_of_several_launches(form, device):
+    """Each launch adds its own, row by row; without a bias, too, as in the loop."""
+    launches = [inputs(70, 300, device)[:2] for _ in range(3)]
+    together, *alone = (torch.zeros(programs_of(device, 70, 300), 300, device=device) for _ in range(4))
+    assert len(together) > 1
+    for (grad, x), partials in zip(launches, alone, strict=True):
+        for into in (together, partials):
+            gelu_backward(grad, x, None, form, partials=into)
+    assert_all_close({"": together}, {"": alone[0] + alone[1] + alone[2]}, tolerance=1e-6)
+    wanted = sum(expected(grad, x, None, form)["grad_bias"] for grad, x in launches)
+    assert_all_close({"": together.sum(0)}, {"": wanted}, tolerance=1e-5)
 
 
 @parametrize_form

@@ -10,13 +10,14 @@ from ops.parity import assert_all_close, assert_same_bits, offsets, ragged_lengt
 from torch import Tensor
 
 from albert_fast import triton_backend
-from albert_fast.kernels.column_sum import column_sum
+from albert_fast.kernels.column_sum import add_strip_sums, column_sum, programs_of
 from albert_fast.kernels.dropout_add_layer_norm import (
     dropout_add_layer_norm_backward,
     layer_norm_apply,
     layer_norm_backward,
     layer_norm_forward,
 )
+from albert_fast.kernels.layer_norm_backward import programs_of as layer_norm_programs
 from albert_fast.ops.dropout import keep_mask, token_coordinates
 
 EPS = 1e-12
@@ -63,9 +64,18 @@ class Case:
         vectors = (self.bias, self.residual, self.weight, self.ln_bias)
         return layer_norm_forward(self.x, *vectors, eps=EPS, **self.dropout, **buffers)
 
-    def backward(self, **buffers: Tensor) -> dict[str, Tensor]:
-        grads = layer_norm_backward(self.grad, self.summed, self.weight, self.statistics, **self.dropout, **buffers)
-        return dict(zip(("residual", "x", "weight", "ln_bias", "bias"), grads, strict=True))
+    def no_partials(self) -> Tensor:
+        tokens, hidden = self.x.shape
+        programs = layer_norm_programs(self.x.device, tokens, hidden, self.dropout["dropout_p"])
+        return torch.zeros(programs, 3 * hidden, device=self.x.device)
+
+    def backward(self, partials: Tensor | None = None, **buffers: Tensor) -> dict[str, Tensor]:
+        partials = self.no_partials() if partials is None else partials
+        tensors = (self.grad, self.summed, self.weight, self.statistics, partials)
+        grads = layer_norm_backward(*tensors, **self.dropout, **buffers)
+        vectors = [torch.empty(self.x.shape[1], device=self.x.device) for _ in range(3)]
+        column_sum(partials, vectors)
+        return dict(zip(("residual", "x", "weight", "ln_bias", "bias"), (*grads, *vectors), strict=True))
 
     def from_inputs(self) -> dict[str, Tensor]:
         tensors = (self.grad, self.x, self.bias, self.residual, self.weight, self.ln_bias)
@@ -131,20 +141,34 @@ def test_into_buffers_with_strides_and_in_place(dropout_p, device):
     grad.copy_(case.grad)
     case.x, case.grad = x, grad
     assert case.forward(out=x) is x
-    sums = torch.ones(3, 40, device=device)
-    grads = case.backward(ln_bias=case.ln_bias, sums=sums, **buffers)
+    grads = case.backward(ln_bias=case.ln_bias, **buffers)
     assert grads["residual"] is buffers["grad_residual"]
     assert grads["x"] is buffers["grad_x"]
-    expected_grads |= {name: expected_grads[name] + 1 for name in ("weight", "ln_bias", "bias")}
     assert_same_arithmetic(
         {**grads, "output": x, "normed": buffers["normed"], "summed": case.summed},
         {**expected_grads, "output": expected, "normed": normed, "summed": summed},
     )
-    assert torch.equal(torch.stack([sums[0], sums[2]]), torch.stack([grads["weight"], grads["bias"]]))
     # The gradient of the output may make room for that of the sum.
     case.backward(grad_residual=case.grad, grad_x=buffers["grad_x"])
     assert torch.equal(case.grad, grads["residual"])
     assert bool((wide[..., :8] == 7.0).all() & (wide[..., 48:] == 7.0).all())
+
+
+@parametrize_dropout
+def test_partial_sums_of_several_launches(dropout_p, device):
+    """Each launch adds its own, row by row; the sums of all are those of one after the other."""
+    cases = [Case(37, 40, device, dropout_p) for _ in range(3)]
+    together, alone = cases[0].no_partials(), []
+    assert len(together) > 1
+    for case in cases:
+        case.forward()
+        alone.append(case.no_partials())
+        case.backward(alone[-1])
+        grads = case.backward(together)
+    assert_all_close({"": together}, {"": alone[0] + alone[1] + alone[2]}, tolerance=1e-6)
+    expected = sum(partials.double() for partials in alone).sum(0).split(40)
+    names = ("weight", "ln_bias", "bias")
+    assert_all_close({name: grads[name] for name in names}, dict(zip(names, expected, strict=True)), tolerance=1e-5)
 
 
 @parametrize_dropout
@@ -222,9 +246,24 @@ def test_column_sums(device):
     third = torch.full((260,), 2.0, device=device, dtype=torch.float16)
     parts = dict(zip("123", (first, second, third), strict=True))
     sums = dict(zip("123", partials.double().sum(0).split([7, 33, 260]), strict=True))
-    for times in (0, 1, 2):
-        column_sum(partials, list(parts.values()), accumulate=times > 0)
-        expected = {name: (total * (times + 1)).view(parts[name].shape) for name, total in sums.items()}
-        assert_all_close(parts, expected, tolerance=2e-3)
+    column_sum(partials, list(parts.values()))
+    assert_all_close(parts, {name: sums[name].view(part.shape) for name, part in parts.items()}, tolerance=2e-3)
     column_sum(partials[:0], [first])
     assert not first.any()
+
+
+# Strips of several tiles and of none, the last of them short; several tiles of columns, the last of them short.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 40), (301, 16), (150, 300), (0, 8)])
+def test_sums_over_strips(rows, columns, dtype, device):
+    """Of the first and last third of what has rows of its own stride; added to what is there."""
+    whole = torch.randn(rows, 3, columns + 5, device=device).to(dtype)
+    x = whole[:, ::2, :columns]
+    strips = max(2, programs_of(device, rows, 2, columns))
+    before = torch.randn(strips, 2, columns, device=device)
+    partials = before.clone()
+    add_strip_sums(x, partials)
+    again = before.clone()
+    add_strip_sums(x, again)
+    assert_same_bits({"": again}, {"": partials})
+    assert_all_close({"": (partials.double() - before).sum(0)}, {"": x.double().sum(0)}, 1e-5, scales={"": 1.0 + rows})
