@@ -38,10 +38,10 @@ from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, Encode
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
 # tokens most of them would have nothing to do. Over many cuBLAS splits the sum, and each product costs a kernel that
 # clears memory, one that adds the parts, and one more reading and writing of the float32 total.
-GATHERED_TOKENS = 65536
+GATHERED_TOKENS = 98304
 
 # What is gathered takes at most this part of the device's memory, unless a single pass takes more.
-_GATHERED_SHARE = 1 / 64
+_GATHERED_SHARE = 1 / 32
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

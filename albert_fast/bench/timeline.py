@@ -54,6 +54,8 @@ KERNEL_KINDS = {
     "loss_reduction_kernel": LOSS,
     "gather_kernel": LOSS,
     "table_gradient_kernel": LOSS,
+    "few_tokens_product_kernel": PRODUCTS,
+    "fold_kernel": REST,
     "gelu_kernel": REST,
     "gelu_backward_kernel": REST,
     "column_sum_kernel": REST,
