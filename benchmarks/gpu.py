@@ -1,6 +1,6 @@
 """What `make gpu` runs: parity tests on the GPU and benchmarks, stage by stage, and a report of them all.
 
-    python benchmarks/gpu.py OUT [--stages parity,rates,resident,…] [--only NAMES] [--seconds 470]
+    python benchmarks/gpu.py OUT [--stages parity,rates,resident,…] [--only NAMES] [--without PEERS] [--seconds 470]
 
 OUT/report.json has everything that was measured, OUT/summary.md the tables and the targets, OUT/parity.log what pytest
 wrote. They are written again after each step: what ends early, or is ended, leaves what it had. Each stage is a process
@@ -196,7 +196,7 @@ class Run:
             "versions": versions(),
             "tiny": self.tiny,
             "timing": gpu_timing.HOW,
-            "options": {"stages": options.stages, "only": options.only, "seconds": options.seconds},
+            "options": {name: getattr(options, name) for name in ("stages", "only", "without", "seconds")},
             "nvidia_smi": _nvidia_smi(),
             "targets": [],
             "stages": {},
@@ -238,7 +238,7 @@ class Run:
         tests = [test for test in self.options.tests.split(",") if (ROOT / test).exists()]
         command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests]
         if self.device == "cuda" and importlib.util.find_spec("xdist") is not None:
-            command += ["-n", "8"]  # most of the time is Triton's compiler, on the CPU
+            command += ["-n", str(min(16, os.cpu_count() or 1))]  # most of the time is Triton's compiler, on the CPU
         failures: dict[str, str] = {}
 
         def each(line: str) -> bool:
@@ -306,7 +306,8 @@ class Run:
         while True:
             left = end - time.monotonic()
             command = [sys.executable, str(ROOT / "benchmarks" / f"gpu_{name}.py"), "--file", str(file)]
-            command += ["--device", self.device, "--seconds", str(round(left - 5)), "--only", self.options.only]
+            command += ["--device", self.device, "--seconds", str(round(left - 5))]
+            command += ["--only", self.options.only, "--without", self.options.without]
             command += ["--tiny"] if self.tiny else []
             ended = run(command, left, environment, take_over)
             somebody = ended.status != 0 and gpu_stage.bury(file, ended.why())
@@ -373,6 +374,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder of report.json and summary.md")
     parser.add_argument("--stages", default=",".join(STAGES), help="in this order (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose names hold one of these words, a|b")
+    parser.add_argument("--without", default="", help="no peers whose names hold one of these words, a|b")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of all stages (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where torch finds a GPU")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the code; always so on a CPU")

@@ -206,11 +206,13 @@ class Stage:
         parser.add_argument("--tiny", action="store_true", help="small shapes, to try the code")
         parser.add_argument("--seconds", type=float, default=600.0, help="no case is begun after that")
         parser.add_argument("--only", default="", help="only cases whose names hold one of these words, a|b")
+        parser.add_argument("--without", default="", help="no peers whose names hold one of these words, a|b")
         options = parser.parse_args(arguments)
         self.device = torch.device(options.device)
         self.tiny: bool = options.tiny
         self.file: Path = options.file
         self._only = options.only.split("|")
+        self._without = [word for word in options.without.split("|") if word]
         self._end = time.monotonic() + options.seconds
         if self.file.exists():
             self.record = Record.read(self.file)
@@ -259,7 +261,7 @@ class Stage:
         """Does a case, unless it is done or not asked for."""
         if any(case["name"] == name for case in self.record.cases) or not any(word in name for word in self._only):
             return
-        case = Case(self, name, work, peers)
+        case = Case(self, name, work, [peer for peer in peers if not any(word in peer for word in self._without)])
         case.reason = self.death(name, None)
         if case.reason is None and time.monotonic() > self._end:
             case.reason = "no time was left"
