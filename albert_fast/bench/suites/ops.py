@@ -227,7 +227,7 @@ class OperationCase(Case):
 
     def judge(self, peer: str, results: Results) -> tuple[float, float]:
         largest = parity.LARGEST[self.mode, self.dtype]
-        # A rounding is always allowed, and some of one number alone: few numbers may happen to be exact in the yardstick.
+        # A rounding is always allowed, and some of one number alone: few may happen to be exact in the yardstick.
         one_number = sum(value.numel() for value in self.expected.values()) == 1
         rounding = torch.finfo(FORMATS[self.dtype].activations).eps * (4.0 if one_number else 1.0)
         ours = min(max(parity.TOLERANCE * self.yardstick, rounding), largest)
