@@ -127,11 +127,11 @@ def _bars(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> Pictu
     names = [[row.peer for row in work.rows] for work in works]
     figure, axes = _listing(names, right=CHARACTER * (3 + max(len(_number(value)) for value in shown)))
     axes.set_xlim(0, max(top, 1.2))
-    axes.axvline(1, **_DASHED, zorder=3)
     y, words = 0.0, []
     for work in works:
         _heading(axes, y, _name(work))
         y += HEADING
+        _line_at_one(axes, y, len(work.rows), zorder=3)
         said = []
         for row in work.rows:
             middle = y + BAR / 2
@@ -193,6 +193,11 @@ def _heading(axes: Axes, y: float, text: str) -> None:
         fontsize=TEXT,
         fontweight="bold",
     )
+
+
+def _line_at_one(axes: Axes, y: float, lines: int, zorder: int) -> None:
+    """Beside the lines of a group, and not through its name."""
+    axes.plot([1, 1], [y, y + BAR * lines], **_DASHED, zorder=zorder)
 
 
 # ------------------------------------------------------------------------------------------- against length and batch
@@ -385,11 +390,11 @@ def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]],
     # Medians decide what is shown; an interval may be cut off.
     low, high = min(0.9, *ratios) * 0.93, max(1.1, *ratios) * 1.07
     axes.set(xscale="log", xlim=(low, high))
-    axes.axvline(1, **_DASHED, zorder=1)
     y, words = 0.0, []
     for work, lines in works:
         _heading(axes, y, f"{work.title.removesuffix(work.shape)}{_name(work)}")
         y += HEADING
+        _line_at_one(axes, y, len(lines), zorder=1)
         for peer, change in lines:
             middle = y + BAR / 2
             color = colors.get(change.verdict, _MUTED)
