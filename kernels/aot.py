@@ -395,7 +395,7 @@ class _Calls:
         shapes: list[tuple[int, ...]] = [matrix, vector] * 4
         shapes += [vector, vector, (inner, width), (inner,), (width, inner), vector, vector, vector]
         options = EncoderOptions(
-            num_layers=2,
+            num_layers=32,  # more than are gathered: the first pass of a run has another way than those after it
             num_groups=1,
             inner_group_num=1,
             num_heads=width // 64,

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_forward
-from albert_fast.kernels.few_tokens_product import GROUP, Workspace, product
+from albert_fast.kernels.few_tokens_product import GROUP, Workspace, few_tokens_product
 from albert_fast.kernels.launch import architecture, cdiv, launch
 from albert_fast.kernels.layer_norm_backward import block_of, row_tiles
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions
@@ -154,13 +154,15 @@ def encoder_few_tokens(
     for index, (now, output) in enumerate(zip(order, sums, strict=True)):
         layer, norm = layers[now], None
         if before is None:
-            product(x, layer.qkv_weight, layer.qkv_bias, qkv, **common)
+            few_tokens_product(x, layer.qkv_weight, layer.qkv_bias, qkv, **common)
         else:
             folded, norm = qkv_after[before, now], (layers[before].norm_weight, layers[before].norm_bias)
-            product(x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common)
+            few_tokens_product(
+                x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common
+            )
         attention_options = options.attention(index, width // heads)
         attention(query, key, value, *rows, attention_options, out=context, logsumexp=logsumexp)
-        product(
+        few_tokens_product(
             context,
             layer.dense_weight,
             layer.dense_bias,
@@ -171,7 +173,7 @@ def encoder_few_tokens(
             new_statistics=statistics,
             **common,
         )
-        product(
+        few_tokens_product(
             summed,
             ffn[now].weight,
             ffn[now].bias,
@@ -181,7 +183,7 @@ def encoder_few_tokens(
             form=FUSED_ACTIVATIONS[options.activation],
             **common,
         )
-        product(
+        few_tokens_product(
             inner,
             layer.ffn_output_weight,
             layer.ffn_output_bias,

@@ -246,7 +246,7 @@ class Workspace(NamedTuple):
         return cls(partials, torch.zeros(tiles, dtype=torch.int32, device=x.device))
 
 
-def product(
+def few_tokens_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor
 from albert_fast import backends
 from albert_fast.kernels import encoder_few_tokens as few_tokens
 from albert_fast.kernels.encoder import encoder_inference
-from albert_fast.kernels.few_tokens_product import DEEP, GROUP, SQUARE, WIDE, Workspace, product
+from albert_fast.kernels.few_tokens_product import DEEP, GROUP, SQUARE, WIDE, Workspace, few_tokens_product
 from albert_fast.ops.encoder import encoder_reference
 
 parametrize_dtype = pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_product_and_what_it_leaves(depth, columns, dtype, device):
     options: dict[str, Any] = {"residual": residual, "norm": (gamma, beta), "statistics": statistics}
     options |= {"eps": eps, "workspace": workspace, "new_statistics": torch.empty_like(statistics), "PDL": False}
     for _ in range(2):
-        product(x, weight, bias, y, **options)
+        few_tokens_product(x, weight, bias, y, **options)
         assert not workspace.counters.any()
     x, weight, residual, bias, gamma, beta = (tensor.double() for tensor in given)
     expected = x @ weight.t() + bias + F.layer_norm(residual, (columns,), gamma, beta, eps)
