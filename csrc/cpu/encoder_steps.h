@@ -19,11 +19,22 @@ struct EncoderSteps {
   size_t scratch_bytes;
   float* corrected = nullptr;  // [corrections()], of one pass
 
-  size_t bytes(int64_t rows, int64_t columns) const {
-    return static_cast<size_t>(rows * columns) * (a.dtype == ALBERT_F32 ? 4 : 2);
+  // Of the model's format unless another is named.
+  size_t bytes(int64_t rows, int64_t columns) const { return bytes(rows, columns, a.dtype); }
+  static size_t bytes(int64_t rows, int64_t columns, int dtype) {
+    return static_cast<size_t>(rows * columns) * (dtype == ALBERT_F32 ? 4 : 2);
   }
-  char* row(const void* matrix, int64_t row, int64_t columns) const {
-    return matrix == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(matrix)) + bytes(row, columns);
+  char* row(const void* matrix, int64_t row, int64_t columns) const { return this->row(matrix, row, columns, a.dtype); }
+  static char* row(const void* matrix, int64_t row, int64_t columns, int dtype) {
+    return matrix == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(matrix)) + bytes(row, columns, dtype);
+  }
+
+  // What lies between a pass's products: query, key and value, the attention's output, and what the activation leaves.
+  // Products of 8 bits outrun the memory that float32 would take, and round it to as few anyway. Without VNNI they don't.
+  int between() const {
+    const auto& qkv = *static_cast<const PackedWeight*>(a.layers[0].qkv);
+    const bool kept = a.kept.x != nullptr || a.kept.qkv != nullptr;
+    return qkv.unit == Unit::u8s8x4 && !kept ? ALBERT_BF16 : a.dtype;
   }
 
   // ---- parts of the feed-forward half ----
@@ -69,14 +80,14 @@ struct EncoderSteps {
   // ---- attention ----
   albert_attention_args attention(int pass, const void* qkv, void* context, float* logsumexp) const {
     albert_attention_args t{};
-    t.dtype = a.dtype;
+    t.dtype = between();
     t.batch = a.batch;
     t.heads = a.heads;
     t.head_dim = a.hidden / a.heads;
     t.tokens_q = t.tokens_k = a.tokens;
     t.query = qkv;
-    t.key = row(qkv, 1, a.hidden);
-    t.value = row(qkv, 2, a.hidden);
+    t.key = row(qkv, 1, a.hidden, t.dtype);
+    t.value = row(qkv, 2, a.hidden, t.dtype);
     t.query_token_stride = t.key_token_stride = t.value_token_stride = 3 * a.hidden;
     t.query_head_stride = t.key_head_stride = t.value_head_stride = t.head_dim;
     t.cu_seqlens_q = t.cu_seqlens_k = a.cu_seqlens;
@@ -127,12 +138,14 @@ struct EncoderSteps {
     const albert_encoder_layer& layer = a.layers[a.layer_of_pass[pass]];
     const float* qkv_bias = bias(layer.qkv_bias, pass, 0, 3 * a.hidden);
     albert_gemm_args qkv = product(layer.qkv, a.tokens, m.x, m.qkv, qkv_bias);
+    qkv.y_dtype = between();
     qkv.next_weight = layer.dense;
     if (const int error = run(qkv)) return error;
     const albert_attention_args attention_args = attention(pass, m.qkv, m.context, m.logsumexp);
     if (const int error = albert_attention(&attention_args, scratch, scratch_bytes, parallel)) return error;
     const float* dense_bias = bias(layer.dense_bias, pass, 3 * a.hidden, a.hidden);
     albert_gemm_args dense = product(layer.dense, a.tokens, m.context, m.h, dense_bias);
+    dense.x_dtype = between();
     dense.next_weight = layer.ffn;
     if (a.hidden_dropout_p == 0) {
       add_residual(dense, m.x);
@@ -162,6 +175,7 @@ struct EncoderSteps {
       const int64_t begin = part_begin(i), count = part_begin(i + 1) - begin;
       const void* h = row(m.h, begin, a.hidden);
       albert_gemm_args wide = product(layer.ffn, count, h, m.activated, ffn_bias);
+      wide.y_dtype = between();
       wide.activation = a.activation;
       wide.pre_activation = row(m.inner, begin, a.inner);
       wide.pre_activation_stride = a.inner;
@@ -170,6 +184,7 @@ struct EncoderSteps {
       void *summed = row(m.summed, begin, a.hidden), *y = row(m.y, begin, a.hidden);
       albert_gemm_args narrow =
           product(layer.ffn_output, count, m.activated, y != nullptr ? y : summed, ffn_output_bias);
+      narrow.x_dtype = between();
       add_residual(narrow, h);
       if (i + 1 < parts() || pass + 1 < a.passes)
         narrow.next_weight = i + 1 < parts() ? layer.ffn : a.layers[a.layer_of_pass[pass + 1]].qkv;

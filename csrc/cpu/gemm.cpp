@@ -112,6 +112,15 @@ void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x
   } while (step < w.steps);
 }
 
+// Brings a tile's lines of y into cache while it is computed. Of int8 tiles alone, which end within a few thousand cycles:
+// more stores than a core has room for would wait for their lines.
+template <class T>
+void ask_for(const T* y, int64_t stride, int rows) {
+  for (int r = 0; r < rows; ++r)
+    for (size_t i = 0; i < kPanel * sizeof(T); i += kCacheLine)
+      _mm_prefetch(reinterpret_cast<const char*>(y + r * stride) + i, _MM_HINT_T0);
+}
+
 // A block's share of the panel that comes a group later.
 Soon share_of(const PackedWeight& w, const Chunk& chunk, int64_t panel, int64_t b) {
   constexpr int64_t per_line = kPanel * 4 / kCacheLine;
@@ -138,7 +147,10 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
                const Chunk& chunk, const Rows<T>& t) {
   alignas(64) float tile[kMaxRows * kPanel];
   const int64_t group = panel_group(w.steps);
-  const bool straight = args.pre_activation == nullptr && args.activation_input == nullptr && args.residual == nullptr;
+  // What becomes of an int8 tile in registers alone.
+  const bool plain = args.pre_activation == nullptr && args.activation_input == nullptr;
+  const bool adds = plain && args.residual != nullptr && args.activation == ALBERT_NONE;
+  const bool straight = plain && args.residual == nullptr;
   for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += group)
     for (int64_t b = 0; b < chunk.blocks; ++b) {
       const int64_t begin = chunk.block_begin(b), row = chunk.row(b);
@@ -148,6 +160,7 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
         const int64_t column = p * kPanel;
         const int columns = static_cast<int>(smaller(kPanel, w.n - column));
         T* out = t.row(row) + column;
+        if (w.dtype == ALBERT_INT8) ask_for(out, t.stride, rows);
         multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
                  share_of(w, chunk, p + group, b));
         const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
@@ -156,17 +169,29 @@ void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const Kernel
             dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
                        bias, columns, put);
           };
+          const auto put = [&](int r, F a, F b) __attribute__((always_inline)) {
+            T* y = out + r * t.stride;
+            if (columns == kPanel) return store_pair(y, a, b);
+            store_columns(y, a, columns);
+            store_columns(y + kLanes, b, columns - kLanes);
+          };
           if (straight && args.activation == ALBERT_NONE) {
-            dequantize_to([&](int r, int c, F v) { store_columns(out + r * t.stride + c, v, columns - c); });
+            dequantize_to(put);
             continue;
           }
           if (straight && args.activation == ALBERT_GELU_TANH) {
-            dequantize_to([&](int r, int c, F v) {
-              store_columns(out + r * t.stride + c, gelu_tanh_short(v), columns - c);
+            dequantize_to([&](int r, F a, F b) { put(r, gelu_tanh_short(a), gelu_tanh_short(b)); });
+            continue;
+          }
+          if (adds) {
+            const Y* residual = static_cast<const Y*>(args.residual) + row * args.residual_stride + column;
+            dequantize_to([&](int r, F a, F b) {
+              const Y* summand = residual + r * args.residual_stride;
+              put(r, add(a, load_columns(summand, columns)), add(b, load_columns(summand + kLanes, columns - kLanes)));
             });
             continue;
           }
-          dequantize_to([&](int r, int c, F v) { store(tile + r * kPanel + c, v); });
+          dequantize_to([&](int r, F a, F b) { store_pair(tile + r * kPanel, a, b); });
         } else if (bias != nullptr) {
           add_bias(tile, rows, bias, columns);
         }

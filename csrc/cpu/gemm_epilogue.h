@@ -27,12 +27,13 @@ inline void add_bias(float* tile, int rows, const float* bias, int columns) {
   }
 }
 
-// put(row, column, scale_x scale_w (sum - zero_x column_sum) + bias) for a tile of int32. Exact but for the conversions
-// of sums beyond 2^24, and one rounding of the difference.
+// put(row, a, b) with the two vectors of a row, scale_x scale_w (sum - zero_x column_sum) + bias, for a tile of int32.
+// Exact but for the conversions of sums beyond 2^24, and one rounding of the difference.
 template <class Put>
 ALBERT_INLINE void dequantize(const float* tile, int rows, const float* x_scale, const int32_t* x_zero,
                               const float* w_scale, const int32_t* w_sum, const float* bias, int columns, Put put) {
   constexpr int vectors = kPanel / kLanes;
+  static_assert(vectors == 2);
   F scale[vectors], sum[vectors], b[vectors];
   for (int v = 0; v < vectors; ++v) {
     scale[v] = load(w_scale + v * kLanes);
@@ -41,11 +42,13 @@ ALBERT_INLINE void dequantize(const float* tile, int rows, const float* x_scale,
   }
   for (int r = 0; r < rows; ++r) {
     const F row_scale = set(x_scale[r]), row_zero = set(static_cast<float>(x_zero[r]));
+    F values[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
       const F sums = to_float(load(reinterpret_cast<const int*>(tile + r * kPanel + v * kLanes)));
-      put(r, v * kLanes, fma(fnma(sum[v], row_zero, sums), mul(scale[v], row_scale), b[v]));
+      values[v] = fma(fnma(sum[v], row_zero, sums), mul(scale[v], row_scale), b[v]);
     }
+    put(r, values[0], values[1]);
   }
 }
 

@@ -87,21 +87,26 @@ ALBERT_INLINE F widen(__m256i x) { return from_bits(_mm512_slli_epi32(_mm512_cvt
 ALBERT_INLINE F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 ALBERT_INLINE F load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 
-// Rounds to nearest even. A NaN stays one: its upper half gets the quiet bit.
-ALBERT_INLINE __m256i narrow(F x) {
+// The upper halves are x in bfloat16, rounded to nearest even. A NaN stays one: its upper half gets the quiet bit.
+ALBERT_INLINE I round_bf16(F x) {
   const I i = bits(x);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), set(1));
   const I rounded = add(add(i, set(0x7fff)), odd);
-  const I quiet = _mm512_or_si512(i, set(0x400000));
-  const I chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, quiet);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), i, set(0x400000));
 }
+ALBERT_INLINE __m256i narrow(F x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)); }
 // Lane by lane, a in the lower half and b in the upper: both exact bfloat16 values.
 ALBERT_INLINE F interleave(F a, F b) {
   return from_bits(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(a), 16), bits(b)));
 }
 ALBERT_INLINE void store(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
 ALBERT_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
+// a, then b.
+ALBERT_INLINE void store_pair(bf16* p, F a, F b) {
+  alignas(64) static constexpr int16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_bf16(a), _mm512_load_si512(upper), round_bf16(b)));
+}
 // Values beyond 255 become 255; none is negative, but what came from a NaN.
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(x));
@@ -206,6 +211,10 @@ ALBERT_INLINE void store(bf16* p, F x, int n) {
   store(part, x);
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
+ALBERT_INLINE void store_pair(bf16* p, F a, F b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   const I words = _mm256_packus_epi32(x, x), bytes = _mm256_packus_epi16(words, words);
   const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
@@ -217,5 +226,10 @@ ALBERT_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {
 }
 
 #endif
+
+ALBERT_INLINE void store_pair(float* p, F a, F b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
 
 }  // namespace albert::ALBERT_ISA
