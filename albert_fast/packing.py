@@ -174,6 +174,10 @@ class PackedBatch:
                 attention_mask.device == device,
                 f"attention_mask is on {attention_mask.device}; {device} was expected",
             )
+        # On the CPU a mask of ones is found by one look at it, before anything is made of it.
+        if attention_mask is not None and capacity is None and attention_mask.device.type == "cpu":
+            if values_can_be_read(attention_mask) and bool(attention_mask.all()):
+                attention_mask = None
         if attention_mask is None and lengths is None and capacity is None:
             return cls(_full_cu_seqlens(batch_size, seq_length, device), seq_length, batch_size, seq_length)
         if lengths is not None:
@@ -274,10 +278,9 @@ class PackedBatch:
 
     def _columns(self) -> Tensor:
         """Each token's column in the padded batch, int64 [tokens]."""
-        indices = self.indices
-        if indices is None:
-            indices = torch.arange(self.tokens, device=self.device)
-        return indices % self.seq_length
+        if self.indices is not None:
+            return self.indices % self.seq_length
+        return torch.arange(self.seq_length, device=self.device).repeat(self.batch_size)
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:
