@@ -174,10 +174,8 @@ class PackedBatch:
                 attention_mask.device == device,
                 f"attention_mask is on {attention_mask.device}; {device} was expected",
             )
-        # On the CPU a mask of ones is found by one look at it, before anything is made of it.
-        if attention_mask is not None and capacity is None and attention_mask.device.type == "cpu":
-            if values_can_be_read(attention_mask) and bool(attention_mask.all()):
-                attention_mask = None
+        if attention_mask is not None and capacity is None and _is_all_real(attention_mask):
+            attention_mask = None
         if attention_mask is None and lengths is None and capacity is None:
             return cls(_full_cu_seqlens(batch_size, seq_length, device), seq_length, batch_size, seq_length)
         if lengths is not None:
@@ -281,6 +279,11 @@ class PackedBatch:
         if self.indices is not None:
             return self.indices % self.seq_length
         return torch.arange(self.seq_length, device=self.device).repeat(self.batch_size)
+
+
+def _is_all_real(mask: Tensor) -> bool:
+    """Whether nothing is padding, where that is one look (on the CPU): then nothing is to be made of the mask."""
+    return mask.device.type == "cpu" and values_can_be_read(mask) and bool(mask.all())
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:

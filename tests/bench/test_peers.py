@@ -200,7 +200,7 @@ def test_no_entry_point():
 @pytest.mark.parametrize("shape", [Shape(3, 17), Shape(9, 40, ragged=True)], ids=str)
 @pytest.mark.parametrize("operation", list(OPERATIONS))
 def test_every_peer_of_operations_is_right(operation, shape, dtype, mode):
-    # Sizes at which roundings average out: a sum of few numbers is by chance twice as inexact as PyTorch's, now and then.
+    # Sizes at which roundings average out: a sum of few numbers is by chance twice as inexact as PyTorch's.
     embedding = 8 if operation == "masked_lm_loss" else 64
     config = dataclasses.replace(CONFIG, embedding_size=embedding, hidden_size=128, intermediate_size=192)
     case = operation_case(operation, config, shape, mode, dtype, turn=0.0)
