@@ -174,8 +174,6 @@ class PackedBatch:
                 attention_mask.device == device,
                 f"attention_mask is on {attention_mask.device}; {device} was expected",
             )
-        if attention_mask is not None and capacity is None and _is_all_real(attention_mask):
-            attention_mask = None
         if attention_mask is None and lengths is None and capacity is None:
             return cls(_full_cu_seqlens(batch_size, seq_length, device), seq_length, batch_size, seq_length)
         if lengths is not None:
@@ -276,14 +274,10 @@ class PackedBatch:
 
     def _columns(self) -> Tensor:
         """Each token's column in the padded batch, int64 [tokens]."""
-        if self.indices is not None:
-            return self.indices % self.seq_length
-        return torch.arange(self.seq_length, device=self.device).repeat(self.batch_size)
-
-
-def _is_all_real(mask: Tensor) -> bool:
-    """Whether nothing is padding, where that is one look (on the CPU): then nothing is to be made of the mask."""
-    return mask.device.type == "cpu" and values_can_be_read(mask) and bool(mask.all())
+        indices = self.indices
+        if indices is None:
+            indices = torch.arange(self.tokens, device=self.device)
+        return indices % self.seq_length
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:
