@@ -60,9 +60,12 @@ def results(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_as_accurate_as_pytorch(lengths, hidden, inner, heads, dtype, device):
-    case = Case(lengths, hidden, inner, num_heads=heads, num_layers=3, return_all=True, dtype=dtype, device=device)
-    actual, peer, oracle = results(case)
-    assert actual.shape == (4, sum(lengths), hidden)
+    options: dict[str, Any] = {"num_heads": heads, "num_layers": 3, "return_all": True}
+    # One token's errors say little: PyTorch's may happen to be next to none.
+    draws = -(-16 // sum(lengths))
+    found = [results(Case(lengths, hidden, inner, **options, dtype=dtype, device=device)) for _ in range(draws)]
+    assert all(actual.shape == (4, sum(lengths), hidden) for actual, _, _ in found)
+    actual, peer, oracle = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     for index, parts in enumerate(zip(actual, peer, oracle, strict=True)):
         assert_as_accurate_as(*parts, name=f"after {index} passes")
 
