@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.parity import assert_all_as_accurate_as, assert_as_accurate_as, assert_same_bits, differentiate, relative_error
+from ops.parity import (
+    assert_all_as_accurate_as,
+    assert_as_accurate_as,
+    assert_same_bits,
+    differentiate,
+    judged_over_draws,
+    relative_error,
+)
 from ops.test_encoder import Case
 from torch import Tensor
 
@@ -313,7 +320,9 @@ def small(device: torch.device, **options: Any) -> Case:
 
 # From one pass on gradients are added to those of the passes before.
 @pytest.mark.parametrize(("recompute", "gathered"), [("none", 100), ("ffn", 100), ("layer", 1)])
+@judged_over_draws
 def test_the_encoder(recompute, gathered, device, ran, monkeypatch):
+    ran.clear()
     monkeypatch.setattr(encoder, "GATHERED_TOKENS", gathered)
     case = small(device, recompute=recompute, hidden_dropout_p=0.1)
     function = case.implementation("operator of triton", monkeypatch)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.parity import assert_as_accurate_as, relative_error
+from ops.parity import assert_as_accurate_as, judged_over_draws, relative_error
 from ops.test_encoder import Case
 from torch import Tensor
 
@@ -59,19 +59,18 @@ def results(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         ([5], 128, 64, 1),
     ],
 )
+@judged_over_draws
 def test_as_accurate_as_pytorch(lengths, hidden, inner, heads, dtype, device):
-    options: dict[str, Any] = {"num_heads": heads, "num_layers": 3, "return_all": True}
-    # One token's errors say little: PyTorch's may happen to be next to none.
-    draws = -(-16 // sum(lengths))
-    found = [results(Case(lengths, hidden, inner, **options, dtype=dtype, device=device)) for _ in range(draws)]
-    assert all(actual.shape == (4, sum(lengths), hidden) for actual, _, _ in found)
-    actual, peer, oracle = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    case = Case(lengths, hidden, inner, num_heads=heads, num_layers=3, return_all=True, dtype=dtype, device=device)
+    actual, peer, oracle = results(case)
+    assert actual.shape == (4, sum(lengths), hidden)
     for index, parts in enumerate(zip(actual, peer, oracle, strict=True)):
         assert_as_accurate_as(*parts, name=f"after {index} passes")
 
 
 @parametrize_dtype
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+@judged_over_draws
 def test_layers_in_groups(activation, dtype, device):
     groups = {"num_layers": 3, "num_groups": 2, "inner_group_num": 2}
     case = Case([5, 0, 12], 64, 96, activation=activation, bias=True, dtype=dtype, device=device, **groups)
@@ -79,6 +78,7 @@ def test_layers_in_groups(activation, dtype, device):
 
 
 @parametrize_dtype
+@judged_over_draws
 def test_any_sizes(dtype, device):
     tokens, heads = random.randint(1, 200), random.randint(1, 5)
     first = random.randint(0, tokens)
@@ -87,6 +87,7 @@ def test_any_sizes(dtype, device):
 
 
 @parametrize_dtype
+@judged_over_draws
 def test_rows_with_a_large_mean(dtype, device):
     """50 times their deviation: PyTorch takes it from each element, this from the product's result."""
     case = Case([17, 3], 96, 128, num_heads=6, dtype=dtype, device=device)

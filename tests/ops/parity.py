@@ -4,7 +4,9 @@ A suite compares three results on the same inputs: the implementation under test
 dtype (the peer), and an independent formula in float64 (the oracle).
 """
 
+import functools
 import itertools
+import math
 import os
 import random
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -177,6 +179,57 @@ def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None)
     return error / scale if scale > 0 else error
 
 
+class Errors(NamedTuple):
+    """Of a result and of PyTorch's, and what is allowed at least."""
+
+    name: str
+    actual: float
+    peer: float
+    factor: float
+    floor: float
+    dtype: torch.dtype
+
+    def within(self) -> bool:
+        return self.actual <= max(self.factor * self.peer, self.floor)
+
+    def check(self) -> None:
+        found = f"{self.name}: relative error {self.actual:.3g}, that of PyTorch in {self.dtype} {self.peer:.3g}"
+        assert self.within(), found
+
+
+# Where `judged_over_draws` collects what a run of its test finds.
+_collected: list[Errors] | None = None
+_DRAWS = 8
+
+
+def judged_over_draws(test: Callable[..., None]) -> Callable[..., None]:
+    """For tests of random inputs that call `assert_as_accurate_as`, with the same names each time.
+
+    How far rounding carries a few numbers, or one sharp softmax, is the luck of a draw, and PyTorch's may have more of
+    it. Where an error exceeds its bound, the test is run again with other inputs, and the root mean squares over all
+    runs, that one among them, are held to the same bound.
+    """
+
+    @functools.wraps(test)
+    def judged(*args: Any, **kwargs: Any) -> None:
+        def draw() -> list[Errors]:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys.modules[__name__], "_collected", [])
+                test(*args, **kwargs)
+                assert _collected, "nothing to judge"
+                return _collected
+
+        draws = [draw()]
+        if not all(errors.within() for errors in draws[0]):
+            draws += [draw() for _ in range(_DRAWS - 1)]
+        for of_one in zip(*draws, strict=True):
+            actual, peer = (math.hypot(*errors) / len(draws) ** 0.5 for errors in list(zip(*of_one, strict=True))[1:3])
+            assert len({errors.name for errors in of_one}) == 1
+            of_one[0]._replace(actual=actual, peer=peer).check()
+
+    return judged
+
+
 def assert_as_accurate_as(
     actual: Tensor,
     peer: Tensor,
@@ -194,9 +247,11 @@ def assert_as_accurate_as(
     epsilon = torch.finfo(actual.dtype).eps
     floor = max(64 * epsilon if actual.dtype == torch.float64 else epsilon, _least_tolerance)
     error, allowed = relative_error(actual, oracle, scale), relative_error(peer, oracle, scale)
-    assert error <= max(factor * allowed, floor), (
-        f"{name}: relative error {error:.3g}, that of PyTorch in {actual.dtype} {allowed:.3g}"
-    )
+    errors = Errors(name, error, allowed, factor, floor, actual.dtype)
+    if _collected is None:
+        errors.check()
+    else:
+        _collected.append(errors)
 
 
 def assert_all_as_accurate_as(

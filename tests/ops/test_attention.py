@@ -21,6 +21,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     offsets,
     oracle_inputs,
     parametrize_dtype,
@@ -190,6 +191,7 @@ def test_equals_the_formula(implementation, variant, lengths_of_keys, device, mo
 @parametrize_implementation
 @parametrize_dtype
 @pytest.mark.parametrize("variant", ["plain", "dropout", "bias"])
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, dtype, variant, device, monkeypatch):
     head_dim = random.choice([16, 40, 64, 128])
     lengths = ragged_lengths((1, 15, 17, 63, 127))
@@ -199,6 +201,7 @@ def test_is_as_accurate_as_pytorch(implementation, dtype, variant, device, monke
 
 
 @parametrize_implementation
+@judged_over_draws
 def test_a_long_row(implementation, device, monkeypatch):
     case = Case([511, 0], heads=1, dtype=torch.float32, device=device, dropout_p=0.1)
     through_operator = parity.use(implementation, case.backend_call(), monkeypatch)
@@ -210,6 +213,7 @@ def test_a_long_row(implementation, device, monkeypatch):
 @parametrize_dtype
 @parametrize_variant
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
+@judged_over_draws
 def test_is_as_accurate_as_pytorch_at_every_length(implementation, dtype, variant, head_dim, device, monkeypatch):
     case = Case(ragged_lengths(), heads=3, head_dim=head_dim, dtype=dtype, device=device, **VARIANTS[variant])
     through_operator = parity.use(implementation, case.backend_call(), monkeypatch)
@@ -330,6 +334,7 @@ def test_compiled_by_inductor(device):
 @parametrize_implementation
 @parametrize_dtype
 @pytest.mark.parametrize("reason", ["bias", "causal", "no keys"])
+@judged_over_draws
 def test_queries_without_keys_give_zeros(implementation, dtype, reason, device, monkeypatch):
     """A query that may attend to nothing: zeros, zero gradients, and its neighbours as if it were not there."""
     lengths = {"bias": ([25, 63], [25, 63]), "causal": ([40, 63], [37, 63]), "no keys": ([25, 63], [0, 63])}

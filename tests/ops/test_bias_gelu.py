@@ -20,6 +20,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     oracle_inputs,
     parametrize_dtype,
     parametrize_implementation,
@@ -76,6 +77,7 @@ def test_equals_the_formula(implementation, approximate, shape, device, monkeypa
 @parametrize_form
 @parametrize_dtype
 @pytest.mark.parametrize("wide_bias", [False, True], ids=["", "float32 bias"])
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, approximate, dtype, wide_bias, device, monkeypatch):
     if wide_bias and dtype == torch.float64:
         pytest.skip("a float32 bias is not wider")

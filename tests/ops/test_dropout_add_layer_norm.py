@@ -21,6 +21,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     offsets,
     oracle_inputs,
     parametrize_dtype,
@@ -125,6 +126,7 @@ MIXED = {
 @parametrize_implementation
 @parametrize_dropout
 @parametrize_dtype
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, dropout_p, dtype, device, monkeypatch):
     case = Case(ragged_lengths((1, 15, 17, 63, 127)), 256, dropout_p, dtype=dtype, device=device)
     function = case.implementation(implementation, monkeypatch)
@@ -135,6 +137,7 @@ def test_is_as_accurate_as_pytorch(implementation, dropout_p, dtype, device, mon
 @parametrize_implementation
 @parametrize_dropout
 @pytest.mark.parametrize("dtypes", MIXED)
+@judged_over_draws
 def test_mixed_dtypes(implementation, dropout_p, dtypes, device, monkeypatch):
     dtype, residual_dtype, vector_dtype = MIXED[dtypes]
     kinds = {"dtype": dtype, "residual_dtype": residual_dtype, "vector_dtype": vector_dtype}
@@ -172,6 +175,7 @@ def test_a_row_of_equal_numbers_is_the_bias(implementation, device, monkeypatch)
 
 
 @parametrize_implementation
+@judged_over_draws
 def test_a_large_mean_does_not_swallow_the_variance(implementation, device, monkeypatch):
     """mean(x²) - mean(x)² loses everything here; two passes, or Welford's, do not."""
     case = Case([33], 128, dtype=torch.float32, device=device)

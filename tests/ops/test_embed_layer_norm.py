@@ -21,6 +21,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     offsets,
     oracle_inputs,
     parametrize_dtype,
@@ -145,6 +146,7 @@ def test_equals_the_formula(implementation, variant, id_dtype, device, monkeypat
 @parametrize_implementation
 @parametrize_variant
 @parametrize_dtype
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, variant, dtype, device, monkeypatch):
     case = Case(ragged_lengths((1, 15, 17, 63, 127)), 128, dtype=dtype, device=device, **VARIANTS[variant])
     function = case.implementation(implementation, monkeypatch)

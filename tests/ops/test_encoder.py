@@ -25,6 +25,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     offsets,
     oracle_inputs,
     parametrize_dtype,
@@ -233,24 +234,19 @@ def test_equals_the_formula(implementation, variant, device, monkeypatch):
 @parametrize_implementation
 @parametrize_dtype
 @pytest.mark.parametrize("variant", ["plain", "dropout"])
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, dtype, variant, device, monkeypatch):
-    found = []
-    # The biases' gradients are few numbers, whose error in float32 is a matter of luck: judged over three draws.
-    for _ in range(3 if dtype == torch.float32 else 1):
-        lengths = ragged_lengths((1, 15, 17, 63))
-        case = Case(lengths, 64, 128, num_layers=3, dtype=dtype, device=device, **VARIANTS[variant])
-        function = case.implementation(implementation, monkeypatch)
-        found.append((differentiate(function, case.tensors, case.upstream), case.peer(), case.expected()))
-    actual, peer, expected = (
-        {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]}
-        for draws in zip(*found, strict=True)
-    )
-    assert_all_as_accurate_as(actual, peer, expected, case.scales(expected))
+    lengths = ragged_lengths((1, 15, 17, 63))
+    case = Case(lengths, 64, 128, num_layers=3, dtype=dtype, device=device, **VARIANTS[variant])
+    function = case.implementation(implementation, monkeypatch)
+    actual, expected = differentiate(function, case.tensors, case.upstream), case.expected()
+    assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
 
 
 @pytest.mark.slow
 @parametrize_implementation
 @parametrize_dtype
+@judged_over_draws
 def test_twelve_passes_of_a_model_of_base_size(implementation, dtype, device, monkeypatch):
     case = Case(ragged_lengths(), 768, 3072, num_layers=12, num_heads=12, dtype=dtype, device=device)
     function = case.implementation(implementation, monkeypatch)
@@ -572,6 +568,7 @@ def test_a_wrong_argument_is_named(name, value, error, match, with_attentions):
         encoder(**arguments)
 
 
+@judged_over_draws
 def test_parameters_of_another_dtype_are_for_autocast(device):
     """float32 parameters and a bfloat16 stream: refused, but under autocast, where F.linear casts them."""
     case = Case([random.randint(1, 9), 3], dtype=torch.float32, device=device)

@@ -23,6 +23,7 @@ from ops.parity import (
     assert_all_close,
     assert_same_bits,
     differentiate,
+    judged_over_draws,
     oracle_inputs,
     parametrize_dtype,
     parametrize_implementation,
@@ -128,6 +129,7 @@ def test_equals_cross_entropy(implementation, variant, reduction, device, monkey
 @parametrize_implementation
 @parametrize_variant
 @parametrize_dtype
+@judged_over_draws
 def test_is_as_accurate_as_pytorch(implementation, variant, dtype, device, monkeypatch):
     case = Case(255, 64, 509, dtype=dtype, device=device, reduction="none", **VARIANTS[variant])
     function = case.implementation(implementation, monkeypatch)
@@ -221,6 +223,7 @@ def test_of_several_largest_logits_the_first_counts(implementation, device, monk
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@judged_over_draws
 def test_autocast_takes_float32_parameters(compiled, device):
     """As F.linear does: products in bfloat16, gradients of the parameters in float32."""
     case = Case(127, 64, 301, dtype=torch.float32, device=device, reduction="sum")
