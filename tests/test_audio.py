@@ -59,7 +59,7 @@ def test_stripes(rng, seed):
     features = torch.from_numpy(rng.uniform(1, 2, [60, 20])).float()
     whole = features.clone()
     hidden = []
-    for _ in range(200):
+    for _ in range(1000):
         found = spec_augment(features, 5, 0.1)
         gone = found == 0
         assert torch.equal(found[~gone], features[~gone])
@@ -69,8 +69,8 @@ def test_stripes(rng, seed):
         assert columns.sum() <= 10
         hidden.append(float(columns.sum()))
     assert torch.equal(features, whole)
-    # Two stripes of 0 to 5 bands each, which may overlap.
-    assert 3.5 < np.mean(hidden) < 5.2
+    # Two stripes of 0 to 5 bands each, which may overlap: 4.69 ± 0.07.
+    assert 4.2 < np.mean(hidden) < 5.2
 
 
 def test_positions():
