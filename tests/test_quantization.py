@@ -57,15 +57,20 @@ def test_it_is_close_and_the_undo_is_exact(backend, dtype, model, ids, monkeypat
 @pytest.mark.parametrize("backend", available())
 def test_every_backend_rounds_alike(backend, isa, ids, monkeypatch):
     """One pass. Without VNNI, what differs is whose float32 sums go before, which moves few values over a rounding's
-    edge. With it attention is rounded, too (csrc/cpu/attention.h), which must cost less than rounding the products."""
-    model = AlbertModel(AlbertConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    edge. With it attention is rounded, too (csrc/cpu/attention.h), which must cost less than rounding the products:
+    0.73 ± 0.03 times of one model, which is why many are judged together."""
     monkeypatch.setenv("ALBERT_FAST_ISA", isa)
-    with torch.no_grad():
-        monkeypatch.setenv("ALBERT_FAST_BACKEND", "reference")
-        exact = model(ids).last_hidden_state
-        expected = model.quantize()(ids).last_hidden_state
-        monkeypatch.setenv("ALBERT_FAST_BACKEND", backend)
-        difference = relative_error(model(ids).last_hidden_state, expected)
+    found = []
+    for _ in range(16):
+        model = AlbertModel(AlbertConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+        with torch.no_grad():
+            monkeypatch.setenv("ALBERT_FAST_BACKEND", "reference")
+            exact = model(ids).last_hidden_state
+            expected = model.quantize()(ids).last_hidden_state
+            monkeypatch.setenv("ALBERT_FAST_BACKEND", backend)
+            found.append((model(ids).last_hidden_state, expected, exact))
+    actual, expected, exact = (torch.cat(states) for states in zip(*found, strict=True))
+    difference = relative_error(actual, expected)
     assert difference < (2e-3 if isa == "avx2" else 0.8 * relative_error(expected, exact))
 
 
