@@ -348,7 +348,9 @@ def test_more_tokens_than_a_part_of_the_feed_forward_half(library, recompute):
 def test_odd_sizes(lib, dtype):
     for lengths, hidden, inner, heads in [([2, 9], 5, 3, 1), ([1, 33], 51, 70, 3), ([15], 48, 17, 2)]:
         # Gradients of a few numbers: one draw's error says little, for PyTorch's may happen to be next to none.
-        draws = [compared(lib, Case(lengths, hidden, inner, heads), dtype, threads=3) for _ in range(4)]
+        # LayerNorm of five numbers that are nearly alike carries rounding far: in one draw of hundreds, 20 times.
+        count = 16 if hidden == 5 else 4
+        draws = [compared(lib, Case(lengths, hidden, inner, heads), dtype, threads=3) for _ in range(count)]
         assert_as_accurate_as(draws, dtype)
 
 
