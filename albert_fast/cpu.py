@@ -15,9 +15,11 @@ from torch import Tensor
 
 from albert_fast import backends, kept_memory, native
 from albert_fast.ops.attention import AttentionOptions
+from albert_fast.ops.embed_layer_norm import check_all_ids
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
 from albert_fast.ops.masked_lm_loss import gradient_of_losses, nothing_kept, reduced
-from albert_fast.prepared import CODES, packed_weights, quantized_weights
+from albert_fast.packing import PackedBatch
+from albert_fast.prepared import CODES, model_weights, packed_weights, quantized_weights
 
 # csrc/cpu/gemm.h
 _ACTIVATIONS = {"tanh": 1, "none": 2, "relu": 3}
@@ -194,6 +196,56 @@ def _by_parameter(gradients: list[Tensor]) -> list[Tensor]:
     first = [part.clone() for pair in apart for part in pair]
     first += [dense, dense_bias, attention_norm, attention_norm_bias]
     return [*first, ffn, ffn_bias, ffn_output, ffn_output_bias, norm, norm_bias]
+
+
+# -------------------------------------------------------------------------------------------------------- a whole model
+
+# What the native operator answers.
+_DONE, _UNFIT, _STALE = range(3)
+
+
+def model(
+    batch: PackedBatch,
+    inputs: Tensor,
+    tables: list[Tensor],
+    ends: list[Tensor],
+    parameters: list[Tensor],
+    options: EncoderOptions,
+    embedding_eps: float,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What `albert_fast.inference.run` says; `ends` are weight and bias of the projection and of the pooler."""
+    kept_memory.release()
+    width = parameters[0].shape[0]
+    output = inputs.new_empty(batch.tokens, width, dtype=parameters[0].dtype)
+    pooled = output.new_empty(batch.cu_seqlens.numel() - 1, width) if len(ends) == 4 else None
+    passes = options.layer_of_pass()
+    for is_known in (True, False):
+        weights = model_weights(parameters, ends[::2], options.quantized, options.input_means, passes, is_known)
+        answer = torch.ops.albert_fast_native.model(
+            inputs,
+            batch.position_ids,
+            batch.token_type_ids,
+            tables,
+            ends,
+            parameters,
+            weights.packed,
+            weights.fingerprints,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            passes,
+            options.num_heads,
+            _ACTIVATIONS[FUSED_ACTIVATIONS[options.activation]],
+            options.eps,
+            embedding_eps,
+            weights.corrections,
+            output,
+            pooled,
+        )
+        if answer == _DONE:
+            return output, pooled
+        if answer == _UNFIT:
+            break
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -379,7 +431,7 @@ def _embed_layer_norm(
     if y.numel() == 0:
         return y
     cu_seqlens = _dropout_rows(dropout_p, cu_seqlens, inputs.shape[0])
-    torch.ops.albert_fast_native.embed_layer_norm(
+    ids_fit = torch.ops.albert_fast_native.embed_layer_norm(
         _rows(inputs),
         position_ids.contiguous(),
         token_type_ids.contiguous(),
@@ -393,6 +445,8 @@ def _embed_layer_norm(
         cu_seqlens,
         y,
     )
+    if not ids_fit:
+        check_all_ids(inputs, position_ids, token_type_ids, word, position, token_type)
     return y
 
 

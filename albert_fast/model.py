@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albert_fast import ops, quantization
+from albert_fast import inference, ops, quantization
 from albert_fast.activations import ACTIVATIONS
 from albert_fast.checkpoint import check_state_dict, read_state_dict, write_state_dict
 from albert_fast.config import AlbertConfig
 from albert_fast.ops.checks import check, describe, is_being_recorded, values_can_be_read
-from albert_fast.ops.encoder import RECOMPUTE, observe_input_means
+from albert_fast.ops.encoder import RECOMPUTE, EncoderOptions, observe_input_means
 from albert_fast.outputs import (
     AlbertForPreTrainingOutput,
     BaseModelOutputWithPooling,
@@ -58,6 +58,16 @@ class AlbertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def tables(self) -> inference.Tables:
+        norm = self.LayerNorm
+        return inference.Tables(
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            norm.weight,
+            norm.bias,
+        )
 
     def forward(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
         """The embedded tokens, [tokens, E]."""
@@ -109,8 +119,11 @@ class AlbertLayer(nn.Module):
         projections = (attention.query, attention.key, attention.value, attention.dense)
         rest = (attention.LayerNorm, self.ffn, self.ffn_output, self.full_layer_layer_norm)
         for module in (*projections, *rest):
-            yield module.weight
-            yield module.bias
+            for name in ("weight", "bias"):
+                own = module._parameters.get(
+                    name
+                )  # every call comes here: a module's attribute takes four times as long
+                yield getattr(module, name) if own is None else own
 
 
 class AlbertLayerGroup(nn.Module):
@@ -157,7 +170,7 @@ class AlbertTransformer(nn.Module):
         )
         return ops.encoder(
             self.embedding_hidden_mapping_in(embedded),
-            self._parameters_of_layers(),
+            self.parameters_of_layers(),
             batch.cu_seqlens,
             batch.max_seqlen,
             **self._shape(),
@@ -176,7 +189,7 @@ class AlbertTransformer(nn.Module):
         """Pass `number`, from 0, without dropout: [tokens, hidden] -> [tokens, hidden]. For one group of layers."""
         return ops.encoder(
             hidden,
-            self._parameters_of_layers(),
+            self.parameters_of_layers(),
             batch.cu_seqlens,
             batch.max_seqlen,
             **{**self._shape(), "num_layers": 1},
@@ -191,10 +204,26 @@ class AlbertTransformer(nn.Module):
         """What `input_means` is to be, for inputs like these."""
         hidden = self.embedding_hidden_mapping_in(embedded)
         return observe_input_means(
-            hidden, self._parameters_of_layers(), batch.cu_seqlens, batch.max_seqlen, **self._shape()
+            hidden, self.parameters_of_layers(), batch.cu_seqlens, batch.max_seqlen, **self._shape()
         )
 
-    def _parameters_of_layers(self) -> list[Tensor]:
+    def inference_options(self) -> EncoderOptions:
+        """Of all passes, without dropout."""
+        shape = self._shape()
+        return EncoderOptions(
+            **shape,
+            hidden_dropout_p=0.0,
+            attention_dropout_p=0.0,
+            seed=None,
+            bias=None,
+            recompute="none",
+            return_all=False,
+            quantized=self.quantized,
+            input_means=self.input_means,
+        )
+
+    def parameters_of_layers(self) -> list[Tensor]:
+        """As `ops.encoder` takes them."""
         groups = cast("list[AlbertLayerGroup]", list(self.albert_layer_groups))
         layers = [cast(AlbertLayer, layer) for group in groups for layer in group.albert_layers]
         return [tensor for layer in layers for tensor in layer.tensors()]
@@ -573,13 +602,45 @@ class AlbertModel(AlbertPreTrainedModel):
             batch.input_ids is not None or batch.inputs_embeds is not None,
             "the PackedBatch has neither input_ids nor inputs_embeds: make it with from_padded or from_sequences",
         )
-        seed = None
-        if self.training and max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0:
-            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=batch.device)
         attentions: list[Tensor] | None = None
         if config.output_attentions if output_attentions is None else output_attentions:
             attentions = []
         all_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        plain = bias is None and attentions is None and not all_states
+        output = self._in_one_call(batch) if plain else None
+        if output is None:
+            output = self._step_by_step(batch, bias, attentions, all_states)
+        if not isinstance(input_ids, PackedBatch):
+            extras: dict[str, Any] = _pad_extras(batch, output)
+            output = replace(output, last_hidden_state=batch.pad(cast(Tensor, output.last_hidden_state)), **extras)
+        return self._outputs(output, return_dict)
+
+    def _in_one_call(self, batch: PackedBatch) -> BaseModelOutputWithPooling | None:
+        """Packed outputs by `albert_fast.inference`, where that serves the call."""
+        embeddings, encoder = self.embeddings, self.encoder
+        if self.training or embeddings.training or encoder.training:
+            return None
+        if not inference.is_plain(embeddings, AlbertEmbeddings) or not inference.is_plain(encoder, AlbertTransformer):
+            return None
+        found = inference.run(
+            batch,
+            None,
+            embeddings.tables(),
+            encoder.embedding_hidden_mapping_in,
+            encoder.parameters_of_layers(),
+            self.pooler,
+            encoder.inference_options(),
+            self.config.layer_norm_eps,
+        )
+        return None if found is None else BaseModelOutputWithPooling(*found)
+
+    def _step_by_step(
+        self, batch: PackedBatch, bias: Tensor | None, attentions: list[Tensor] | None, all_states: bool
+    ) -> BaseModelOutputWithPooling:
+        """The same, operation by operation."""
+        config, seed = self.config, None
+        if self.training and max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=batch.device)
         hidden = self.encoder(
             self.embeddings(batch, seed),
             batch,
@@ -589,16 +650,12 @@ class AlbertModel(AlbertPreTrainedModel):
             attentions=attentions,
         )
         last = hidden[-1] if all_states else hidden
-        output = BaseModelOutputWithPooling(
+        return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=None if self.pooler is None else torch.tanh(self.pooler(batch.first(last))),
             hidden_states=tuple(hidden.unbind(0)) if all_states else None,
             attentions=None if attentions is None else tuple(attentions),
         )
-        if not isinstance(input_ids, PackedBatch):
-            extras: dict[str, Any] = _pad_extras(batch, output)
-            output = replace(output, last_hidden_state=batch.pad(last), **extras)
-        return self._outputs(output, return_dict)
 
 
 # ----------------------------------------------------------------------------------------------------------- the heads

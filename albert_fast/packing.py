@@ -14,10 +14,11 @@ fixed capacity
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class PackedBatch:
         shape = (tokens.shape[0], tokens.shape[1])
         batch = cls.layout(shape, tokens.device, attention_mask, lengths=lengths, capacity=capacity)
         if token_type_ids is None:
-            token_type_ids = torch.zeros(batch.tokens, dtype=torch.int64, device=tokens.device)
+            token_type_ids = zeros(batch.tokens, tokens.device)
         else:
             check_tensor("token_type_ids", token_type_ids, shape, like=tokens)
             token_type_ids = batch.pack(token_type_ids)
@@ -174,6 +175,10 @@ class PackedBatch:
                 attention_mask.device == device,
                 f"attention_mask is on {attention_mask.device}; {device} was expected",
             )
+            # On the CPU a mask of ones is found by one look at it, before anything is made of it.
+            reads = capacity is None and device.type == "cpu" and values_can_be_read(attention_mask)
+            if reads and bool(attention_mask.all()):
+                attention_mask = None
         if attention_mask is None and lengths is None and capacity is None:
             return cls(_full_cu_seqlens(batch_size, seq_length, device), seq_length, batch_size, seq_length)
         if lengths is not None:
@@ -274,16 +279,50 @@ class PackedBatch:
 
     def _columns(self) -> Tensor:
         """Each token's column in the padded batch, int64 [tokens]."""
-        indices = self.indices
-        if indices is None:
-            indices = torch.arange(self.tokens, device=self.device)
-        return indices % self.seq_length
+        if self.indices is not None:
+            return self.indices % self.seq_length
+        return _full_columns(self.batch_size, self.seq_length, self.device)
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
 
 
+_Made = TypeVar("_Made", bound=Callable[..., Tensor])
+
+
+def _kept_on_the_cpu(make: _Made) -> _Made:
+    """For tensors that depend on sizes alone, and that nobody writes to: on the CPU the last few are used again.
+
+    An operation takes 30 microseconds after a model's weights have driven PyTorch's code from the caches.
+    """
+
+    @lru_cache(maxsize=16)
+    def kept(*arguments: Any) -> Tensor:
+        # Made for any use: a tensor of inference mode cannot be saved for a backward.
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    def made(*arguments: Any) -> Tensor:
+        # Under a mode (fake tensors, a tracer) tensors are what it makes them.
+        plain = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+        return kept(*arguments) if plain and arguments[-1].type == "cpu" else make(*arguments)
+
+    return cast(_Made, made)
+
+
+@_kept_on_the_cpu
+def zeros(tokens: int, device: torch.device) -> Tensor:
+    """Types of tokens where there are none: int64 [tokens], not to be written to."""
+    return torch.zeros(tokens, dtype=torch.int64, device=device)
+
+
+@_kept_on_the_cpu
+def _full_columns(batch_size: int, seq_length: int, device: torch.device) -> Tensor:
+    return torch.arange(seq_length, device=device).repeat(batch_size)
+
+
+@_kept_on_the_cpu
 def _full_cu_seqlens(batch_size: int, seq_length: int, device: torch.device) -> Tensor:
     return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_length
 

@@ -83,7 +83,7 @@ def measure(case: Case, lengths: list[int]) -> None:
         model = AlbertForMaskedLM(config)
         model.load_state_dict(weights(config, torch.device("cpu")))
         layer = model.albert.encoder.to(stage.device, torch.bfloat16)
-        parameters = [parameter.detach() for parameter in layer._parameters_of_layers()]
+        parameters = [parameter.detach() for parameter in layer.parameters_of_layers()]
         tokens = sum(lengths)
         hidden = torch.randn(tokens, config.hidden_size, device=stage.device, dtype=torch.bfloat16)
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(stage.device, torch.int32)

@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <optional>
 #include <string>
@@ -21,6 +23,7 @@
 #include "cpu/encoder.h"
 #include "cpu/gemm.h"
 #include "cpu/masked_lm_loss.h"
+#include "cpu/model.h"
 #include "cpu/token_ops.h"
 #include "cpu/trace.h"
 
@@ -169,23 +172,39 @@ void advise(Tensor memory) {
   advise_huge_pages(data(memory), static_cast<size_t>(memory.numel()) * memory.element_size());
 }
 
-// A sample of the matrices' elements: an edit that no version counter tells of, such as one through .data, changes it
-// unless it touches a few elements only.
-int64_t fingerprint(Tensors matrices) {
-  constexpr uint64_t kSamples = 128, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
+// Where the matrices among some tensors are, and a sample of their elements: an edit that no version counter tells of,
+// such as one through .data, changes it unless it touches a few elements only. Elements side by side, for each place costs a miss of every cache: the last
+// call's weights have passed by since. All places are asked for before the first is read.
+int64_t fingerprint(Tensors tensors) {
+  constexpr uint64_t kPlaces = 32, kSideBySide = 16, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
+  struct Run {
+    const char* first;
+    int64_t count, stride, bytes;
+  };
+  std::vector<Run> runs;
+  runs.reserve(tensors.size() * kPlaces);
   uint64_t hash = 0xCBF29CE484222325u;
-  for (const Tensor& x : matrices) {
-    const uint64_t rows = x.size(0), columns = x.size(1), elements = rows * columns;
-    const int64_t row_stride = x.stride(0), column_stride = x.stride(1);
-    const bool wide = dtype_code(x) == ALBERT_F32;
-    const void* values = data(x);  // a call
-    for (uint64_t i = 0; elements > 0 && i < kSamples; ++i) {
+  for (const Tensor& x : tensors) {
+    if (x.dim() != 2) continue;
+    const uint64_t columns = x.size(1), elements = x.size(0) * columns;
+    const int64_t bytes = dtype_code(x) == ALBERT_F32 ? 4 : 2;
+    const int64_t row_stride = x.stride(0) * bytes, column_stride = x.stride(1) * bytes;
+    const char* values = data<const char>(x);
+    hash = (hash ^ reinterpret_cast<uintptr_t>(values)) * kPrime;
+    for (uint64_t i = 0; elements > 0 && i < kPlaces; ++i) {
       const uint64_t e = static_cast<uint64_t>((static_cast<unsigned __int128>(i * kStep) * elements) >> 64);
-      const auto row = static_cast<int64_t>(e / columns), column = static_cast<int64_t>(e % columns);
-      const int64_t at = row * row_stride + column * column_stride;
-      hash = (hash ^ (wide ? static_cast<const uint32_t*>(values)[at] : static_cast<const uint16_t*>(values)[at])) * kPrime;
+      const uint64_t row = e / columns, column = e % columns / kSideBySide * kSideBySide;
+      const char* first = values + static_cast<int64_t>(row) * row_stride + static_cast<int64_t>(column) * column_stride;
+      __builtin_prefetch(first);
+      runs.push_back({first, static_cast<int64_t>(std::min(kSideBySide, columns - column)), column_stride, bytes});
     }
   }
+  for (const Run& run : runs)
+    for (int64_t i = 0; i < run.count; ++i) {
+      uint32_t value = 0;
+      std::memcpy(&value, run.first + i * run.stride, run.bytes == 4 ? 4 : 2);
+      hash = (hash ^ value) * kPrime;
+    }
   return static_cast<int64_t>(hash);
 }
 
@@ -512,7 +531,8 @@ albert_embed_args embed_args(const Tensor& inputs, const Tensor& position_ids, c
   return a;
 }
 
-void embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position,
+// Whether every id is a row of its table; nothing is written where one is not.
+bool embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position,
                       Tensor token_type, Tensor weight, Tensor bias, double eps, double dropout_p, int64_t seed,
                       int64_t site, OptionalTensor cu_seqlens, Tensor y) {
   albert_embed_args a = embed_args(inputs, position_ids, token_type_ids, word, position, token_type, eps, dropout_p,
@@ -522,7 +542,10 @@ void embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids,
   a.bias = vectors.next(a.size);
   a.y = data(y);
   const albert_parallel parallel = threads();
-  check(albert_embed_layer_norm(&a, &parallel), "embed_layer_norm");
+  const int error = albert_embed_layer_norm(&a, &parallel);
+  if (error == ALBERT_BAD_ARGUMENT) return false;
+  check(error, "embed_layer_norm");
+  return true;
 }
 
 // The gradients of tables and vectors are float32 and added to; grad_inputs has elements only where inputs are vectors.
@@ -550,6 +573,110 @@ void embed_layer_norm_backward(Tensor grad_output, Tensor inputs, Tensor positio
   const size_t bytes = albert_embed_layer_norm_backward_workspace_bytes(&a, parallel.threads);
   const Workspace workspace(bytes);
   check(albert_embed_layer_norm_backward(&a, workspace.data(), bytes, &parallel), "embed_layer_norm_backward");
+}
+
+// -------------------------------------------------------------------------------------------------------------- model
+
+enum : int64_t { kDone = 0, kUnfit = 1, kStale = 2 };
+
+// Whether x is a dense CPU tensor of this dtype and shape; -1 for any size.
+bool is(const Tensor& x, torch::headeronly::ScalarType dtype, std::initializer_list<int64_t> shape) {
+  if (x.scalar_type() != dtype || x.dim() != static_cast<int64_t>(shape.size()) || !x.is_contiguous()) return false;
+  int64_t i = 0;
+  for (const int64_t size : shape)
+    if (const int64_t have = x.size(i++); size >= 0 && have != size) return false;
+  return true;
+}
+
+bool are_ids(const OptionalTensor& x, int64_t tokens) {
+  using torch::headeronly::ScalarType;
+  return x.has_value() && (is(*x, ScalarType::Long, {tokens}) || is(*x, ScalarType::Int, {tokens}));
+}
+
+// Offsets of packed rows of at most `longest` tokens, as albert_fast/ops/checks.py asks for.
+bool are_offsets(const Tensor& x, int64_t tokens, int64_t longest) {
+  if (!is(x, torch::headeronly::ScalarType::Int, {-1}) || x.numel() < 1) return false;
+  const int32_t* offsets = data<const int32_t>(x);
+  for (int64_t i = 1; i < x.numel(); ++i)
+    if (offsets[i] < offsets[i - 1] || offsets[i] - offsets[i - 1] > longest) return false;
+  return offsets[0] == 0 && offsets[x.numel() - 1] <= tokens;
+}
+
+bool are_layers(const Tensors& parameters, torch::headeronly::ScalarType dtype, int64_t hidden) {
+  if (parameters.empty() || parameters.size() % 16 != 0) return false;
+  for (size_t i = 0; i < parameters.size(); i += 16) {
+    const Tensor* p = &parameters[i];
+    if (p[10].dim() != 2) return false;
+    const int64_t inner = parameters[10].size(0);
+    for (const size_t square : {0, 2, 4, 6})
+      if (!is(p[square], dtype, {hidden, hidden})) return false;
+    for (const size_t vector : {1, 3, 5, 7, 8, 9, 13, 14, 15})
+      if (!is(p[vector], dtype, {hidden})) return false;
+    if (!is(p[10], dtype, {inner, hidden}) || !is(p[11], dtype, {inner}) || !is(p[12], dtype, {hidden, inner}))
+      return false;
+  }
+  return true;
+}
+
+// Inference of a whole model. inputs: ids [tokens], or with no `tables` what comes out of the embeddings, [tokens, E].
+// tables: word, position and token type, and weight and bias of their LayerNorm. ends: weight and bias of the projection
+// and, with `pooled`, of the pooler. packed: 4 or 8 a layer, then one for each of the ends, or nothing yet. fingerprints: of
+// parameters and ends as they were packed.
+// kUnfit: a tensor, offset or id is not as it has to be, which is for the operations by themselves to explain. kStale:
+// the matrices have changed since they were packed, or never were. Nothing is written then.
+int64_t model(Tensor inputs, OptionalTensor position_ids, OptionalTensor token_type_ids, Tensors tables, Tensors ends,
+              Tensors parameters, Tensors packed, std::vector<int64_t> fingerprints, Tensor cu_seqlens,
+              int64_t max_seqlen, std::vector<int64_t> layer_of_pass, int64_t heads, int64_t activation, double eps,
+              double embedding_eps, OptionalTensor corrections, Tensor output, OptionalTensor pooled) {
+  const auto dtype = output.scalar_type();
+  const int64_t tokens = output.size(0), hidden = output.size(1);
+  if (!are_layers(parameters, dtype, hidden) || !are_offsets(cu_seqlens, tokens, max_seqlen)) return kUnfit;
+  const int64_t size = ends[0].dim() == 2 ? ends[0].size(1) : 0;
+  if (size == 0 || !is(ends[0], dtype, {hidden, size}) || !is(ends[1], dtype, {hidden})) return kUnfit;
+  if (pooled.has_value() && (!is(ends[2], dtype, {hidden, hidden}) || !is(ends[3], dtype, {hidden}))) return kUnfit;
+  if (tables.empty()) {
+    if (!is(inputs, dtype, {tokens, size})) return kUnfit;
+  } else {
+    if (!are_ids(inputs, tokens) || !are_ids(position_ids, tokens) || !are_ids(token_type_ids, tokens)) return kUnfit;
+    for (size_t i = 0; i < 3; ++i)
+      if (!is(tables[i], dtype, {-1, size})) return kUnfit;
+    if (!is(tables[3], dtype, {size}) || !is(tables[4], dtype, {size})) return kUnfit;
+  }
+  if (packed.empty() || fingerprint(parameters) != fingerprints[0] || fingerprint(ends) != fingerprints[1])
+    return kStale;
+
+  albert_model_args a{};
+  Vectors embedding_vectors(tables), end_vectors(ends);
+  if (tables.empty()) {
+    a.embedded = data(inputs);
+    a.embed.size = size;
+  } else {
+    a.embed = embed_args(inputs, *position_ids, *token_type_ids, tables[0], tables[1], tables[2], embedding_eps, 0.0, 0,
+                         0, std::nullopt);
+    a.embed.weight = embedding_vectors.next(size);
+    a.embed.bias = embedding_vectors.next(size);
+  }
+  const size_t of_layers = packed.size() - ends.size() / 2;
+  a.projection = data(packed[of_layers]);
+  a.projection_bias = end_vectors.next(hidden);
+  if (pooled.has_value()) {
+    a.pooler = data(packed[of_layers + 1]);
+    a.pooler_bias = end_vectors.next(hidden);
+    a.pooled = data(*pooled);
+  }
+  packed.resize(of_layers);
+  Encoder e(output, parameters, packed, cu_seqlens, std::move(layer_of_pass), heads, activation, eps, 0.0, 0.0, 0,
+            std::nullopt, {});
+  e.args.corrections = corrections.has_value() ? data<const float>(*corrections) : nullptr;
+  e.args.output = data(output);
+  a.encoder = e.args;
+  const albert_parallel parallel = threads();
+  const size_t bytes = albert_model_workspace_bytes(&a, parallel.threads);
+  const Workspace workspace(bytes);
+  const int error = albert_model(&a, workspace.data(), bytes, &parallel);
+  if (error == ALBERT_BAD_ARGUMENT) return kUnfit;  // an id that is no row of its table
+  check(error, "model");
+  return kDone;
 }
 
 // --------------------------------------------------------------------------------------------------------------- loss
@@ -628,7 +755,7 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
   m.def("packed_bytes(int dtype, int n, int k) -> int");
   m.def("advise(Tensor memory) -> ()");
   m.def("pack(Tensor weight, int dtype, Tensor(a!) packed) -> ()");
-  m.def("fingerprint(Tensor[] matrices) -> int");
+  m.def("fingerprint(Tensor[] tensors) -> int");
   m.def(
       "encoder(Tensor hidden, Tensor[] parameters, Tensor[] packed, Tensor cu_seqlens, int[] layer_of_pass, int heads, "
       "int activation, float eps, float hidden_dropout_p, float attention_dropout_p, int seed, Tensor? bias, "
@@ -659,12 +786,17 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
   m.def(
       "embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position, "
       "Tensor token_type, Tensor weight, Tensor bias, float eps, float dropout_p, int seed, int site, "
-      "Tensor? cu_seqlens, Tensor(a!) y) -> ()");
+      "Tensor? cu_seqlens, Tensor(a!) y) -> bool");
   m.def(
       "embed_layer_norm_backward(Tensor grad_output, Tensor inputs, Tensor position_ids, Tensor token_type_ids, "
       "Tensor word, Tensor position, Tensor token_type, Tensor weight, float eps, float dropout_p, int seed, int site, "
       "Tensor? cu_seqlens, int padding_idx, Tensor(a!) grad_inputs, Tensor(b!) grad_word, Tensor(c!) grad_position, "
       "Tensor(d!) grad_token_type, Tensor(e!) grad_weight, Tensor(f!) grad_bias) -> ()");
+  m.def(
+      "model(Tensor inputs, Tensor? position_ids, Tensor? token_type_ids, Tensor[] tables, Tensor[] ends, "
+      "Tensor[] parameters, Tensor[] packed, int[] fingerprints, Tensor cu_seqlens, int max_seqlen, int[] layer_of_pass, "
+      "int heads, int activation, float eps, float embedding_eps, Tensor? corrections, "
+      "Tensor(a!) output, Tensor(b!)? pooled) -> int");
   m.def(
       "masked_lm_loss(Tensor x, Tensor table, Tensor bias, Tensor labels, int ignore_index, float label_smoothing, "
       "float z_loss, Tensor(a!) loss, Tensor(b!) logsumexp, Tensor(c!) correct) -> ()");
@@ -699,6 +831,7 @@ STABLE_TORCH_LIBRARY_IMPL(albert_fast_native, CPU, m) {
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
   m.impl("embed_layer_norm", TORCH_BOX(&embed_layer_norm));
   m.impl("embed_layer_norm_backward", TORCH_BOX(&embed_layer_norm_backward));
+  m.impl("model", TORCH_BOX(&model));
   m.impl("masked_lm_loss", TORCH_BOX(&masked_lm_loss));
   m.impl("masked_lm_loss_backward", TORCH_BOX(&masked_lm_loss_backward));
   m.impl("trace_begin", TORCH_BOX(&trace_begin));

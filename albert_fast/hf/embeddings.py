@@ -11,6 +11,7 @@ from transformers.models.albert import modeling_albert
 from albert_fast import ops
 from albert_fast.hf import guards
 from albert_fast.hf.encoder import fresh_seed
+from albert_fast.packing import zeros
 
 
 class AlbertEmbeddings(modeling_albert.AlbertEmbeddings):
@@ -31,12 +32,12 @@ class AlbertEmbeddings(modeling_albert.AlbertEmbeddings):
         if position_ids is None:
             position_ids = self.position_ids[:, : shape[1]]
         if token_type_ids is None:
-            token_type_ids = torch.zeros((1, 1), dtype=torch.int64, device=inputs.device)
+            token_type_ids = zeros(shape[0] * shape[1], inputs.device).view(shape)
         dropout_p = self.dropout.p if self.training else 0.0
         embedded = ops.embed_layer_norm(
             inputs.flatten(0, 1),
-            position_ids.expand(shape).flatten(),
-            token_type_ids.expand(shape).flatten(),
+            _flat(position_ids, shape),
+            _flat(token_type_ids, shape),
             self.word_embeddings.weight,
             self.position_embeddings.weight,
             self.token_type_embeddings.weight,
@@ -47,7 +48,7 @@ class AlbertEmbeddings(modeling_albert.AlbertEmbeddings):
             seed=fresh_seed(dropout_p, inputs.device),
             padding_idx=self.word_embeddings.padding_idx,
         )
-        return embedded.unflatten(0, shape)
+        return embedded.view(*shape, -1)
 
     def _serves(self, inputs: Tensor, *ids: Tensor | None) -> bool:
         """Whether the operation takes these inputs, and the tables are as transformers made them."""
@@ -60,3 +61,7 @@ class AlbertEmbeddings(modeling_albert.AlbertEmbeddings):
             and all(i is None or (i.dim() == 2 and i.shape[0] in (1, shape[0]) and i.shape[1] == shape[1]) for i in ids)
             and guards.refusal_of_embeddings(self) is None
         )
+
+
+def _flat(ids: Tensor, shape: torch.Size) -> Tensor:
+    return (ids if ids.shape == shape else ids.expand(shape)).flatten()

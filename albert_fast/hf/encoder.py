@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.albert import modeling_albert
 
-from albert_fast import ops
+from albert_fast import inference, ops
 from albert_fast.hf import guards
 from albert_fast.hf.heads import Call
 from albert_fast.hf.packed import packed_offsets
 from albert_fast.ops.checks import has_values
+from albert_fast.ops.encoder import EncoderOptions
 from albert_fast.packing import PackedBatch
 
 
@@ -119,21 +120,17 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
         return torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)
 
     def _run(self, hidden_states: Tensor, rows: Rows, kwargs: dict[str, Any], call: Call | None) -> Any:
-        config, batch = self.config, rows.batch
+        config, batch = guards.fields_of(self.config), rows.batch
         layer = guards.layers_of(self)[0]
         hidden_p = layer.attention.output_dropout.p if self.training else 0.0
         attention_p = layer.attention.attention_dropout.p if self.training else 0.0
         return_all = guards.wants_hidden_states(kwargs)
-        output = ops.encoder(
-            self.embedding_hidden_mapping_in(batch.pack(hidden_states)),
-            guards.parameters_of(self),
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            num_layers=config.num_hidden_layers,
-            num_groups=config.num_hidden_groups,
-            inner_group_num=config.inner_group_num,
-            num_heads=config.num_attention_heads,
-            activation=config.hidden_act,
+        options = EncoderOptions(
+            num_layers=config["num_hidden_layers"],
+            num_groups=config["num_hidden_groups"],
+            inner_group_num=config["inner_group_num"],
+            num_heads=config["num_attention_heads"],
+            activation=config["hidden_act"],
             eps=layer.attention.LayerNorm.eps,
             hidden_dropout_p=hidden_p,
             attention_dropout_p=attention_p,
@@ -142,6 +139,14 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
             recompute="layer" if self.gradient_checkpointing and self.training else self._albert_fast.recompute,
             return_all=return_all,
         )
+        embedded, projection = batch.pack(hidden_states), self.embedding_hidden_mapping_in
+        parameters = guards.parameters_of(self)
+        found = inference.run(batch, embedded, None, projection, parameters, None, options)
+        if found is not None:
+            output = found[0]
+        else:
+            rows_of = (batch.cu_seqlens, batch.max_seqlen)
+            output = ops.encoder(projection(embedded), parameters, *rows_of, **options._asdict())
         states = None
         if return_all:
             states = torch.stack([batch.pad(state) for state in output])
@@ -155,7 +160,7 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
                 guards.show_hidden_states(self, states)
             return BaseModelOutput(last_hidden_state=padded)
         # transformers 4 counts a group's layers as one.
-        chosen = None if states is None else tuple(states[:: config.inner_group_num])
+        chosen = None if states is None else tuple(states[:: config["inner_group_num"]])
         result = BaseModelOutput(last_hidden_state=padded, hidden_states=chosen)
         return result if kwargs.get("return_dict", True) else result.to_tuple()
 

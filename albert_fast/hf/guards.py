@@ -46,7 +46,15 @@ def parts_of(layer: Any) -> tuple[Any, ...]:
 
 
 def parameters_of(encoder: Any) -> list[Tensor]:
-    return [p for layer in layers_of(encoder) for part in parts_of(layer) for p in (part.weight, part.bias)]
+    """Of an encoder that is not refused."""
+    own = [part._parameters for layer in layers_of(encoder) for part in parts_of(layer)]
+    return [parameters[name] for parameters in own for name in ("weight", "bias")]
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """What the config holds. Every call looks at a dozen of its fields, and an attribute of transformers' takes a
+    microsecond."""
+    return vars(config)
 
 
 # ------------------------------------------------------------------------------------- what may stand at each place
@@ -84,12 +92,13 @@ _MLM_HEAD: dict[str, Classes] = {"dense": _LINEAR, "LayerNorm": _NORM, "decoder"
 
 def refusal(encoder: Any) -> str | None:
     """Why the encoder's modules, as they are now, must run by themselves; None where the kernels may."""
-    config = encoder.config
-    if config.hidden_act not in ACTIVATIONS:
-        return f"the activation {config.hidden_act!r} is not served"
-    if config.chunk_size_feed_forward:
+    config = fields_of(encoder.config)
+    activation = config["hidden_act"]
+    if activation not in ACTIVATIONS:
+        return f"the activation {activation!r} is not served"
+    if config["chunk_size_feed_forward"]:
         return "chunk_size_feed_forward is set"
-    classes = {**_LAYER, "activation": (type(ACT2FN[config.hidden_act]),)}
+    classes = {**_LAYER, "activation": (type(ACT2FN[activation]),)}
     found = (_refusal_of_parts(layer, classes, encoder.training, name) for name, layer in _named_layers(encoder))
     return _refusal_of_context() or _first(found) or _differing(encoder)
 
@@ -191,11 +200,11 @@ def _differing(encoder: Any) -> str | None:
         "the attention's dropout": {layer.attention.attention_dropout.p for layer in layers},
         "the hidden dropout": {layer.attention.output_dropout.p for layer in layers},
     }
-    config = encoder.config
-    if len(layers) != config.num_hidden_groups * config.inner_group_num:
+    config = fields_of(encoder.config)
+    if len(layers) != config["num_hidden_groups"] * config["inner_group_num"]:
         return f"there are {len(layers)} layers, and the config has another number"
     # transformers 4 prunes heads, and knows of positions that are not absolute.
-    if any(layer.attention.num_attention_heads != config.num_attention_heads for layer in layers):
+    if any(layer.attention.num_attention_heads != config["num_attention_heads"] for layer in layers):
         return "heads were pruned"
     if any(getattr(layer.attention, "position_embedding_type", "absolute") != "absolute" for layer in layers):
         return "the positions are not absolute"

@@ -128,6 +128,16 @@ def _backward(
     )
 
 
+def check_all_ids(
+    inputs: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor
+) -> None:
+    """Raises IndexError unless every id is a row of its table."""
+    if not inputs.is_floating_point():
+        check_ids("input_ids", inputs, word.shape[0], "the word table")
+    check_ids("position_ids", position_ids, position.shape[0], "its table")
+    check_ids("token_type_ids", token_type_ids, token_type.shape[0], "its table")
+
+
 def _call(word: Tensor) -> backends.Call:
     return backends.Call("embed_layer_norm", word.device, word.dtype)
 
@@ -281,12 +291,10 @@ def embed_layer_norm(
         check_tensor("inputs_embeds", inputs, (None, embedding_size), like=word, dtype=word.dtype)
     else:
         check_tensor("input_ids", inputs, (None,), like=word, dtype=(torch.int64, torch.int32))
-        check_ids("input_ids", inputs, word.shape[0], "the word table")
     tables = (("position_ids", position_ids, position), ("token_type_ids", token_type_ids, token_type))
     for name, ids, table in tables:
         check_tensor(name, ids, (inputs.shape[0],), like=word, dtype=(torch.int64, torch.int32))
         check_tensor(f"the table of {name}", table, (None, embedding_size), like=word, dtype=word.dtype)
-        check_ids(name, ids, table.shape[0], "its table")
     for name, vector in (("weight", weight), ("bias", bias)):
         check_tensor(name, vector, (embedding_size,), like=word, dtype=word.dtype)
     check(
@@ -298,6 +306,8 @@ def embed_layer_norm(
         check_cu_seqlens("cu_seqlens", cu_seqlens, inputs.shape[0], inputs.shape[0], word)
     tensors = (inputs, position_ids, token_type_ids, word, position, token_type, weight, bias)
     serving = backends.choose(_call(word))
+    if serving is not backends.CPU:  # whose kernel looks at the ids on its way
+        check_all_ids(*tensors[:6])
     if serving is backends.REFERENCE:
         return embed_layer_norm_reference(
             *tensors,

@@ -729,6 +729,23 @@ def _shapes_of_layer(width: int, inner: int) -> tuple[tuple[int, ...], ...]:
     return (square, vector) * 4 + (vector, vector, *feed_forward, vector, vector)
 
 
+def _check_layer(
+    layer: list[Tensor], first: int, hidden: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...]
+) -> None:
+    """The tensors of one layer, of which `layer[0]` is `parameters[first]`."""
+    width = hidden.shape[1]
+    ffn = layer[10]
+    if ffn.dim() == 2 and not torch.compiler.is_compiling():
+        # All at once: a call of few tokens takes a few milliseconds. What is wrong is looked for below.
+        device, allowed = hidden.device, dtypes if isinstance(dtypes, tuple) else (dtypes,)
+        fit = [tensor.shape for tensor in layer] == [*_shapes_of_layer(width, ffn.shape[0])]
+        if fit and all(tensor.dtype in allowed and tensor.device == device for tensor in layer):
+            return
+    check_tensor(f"parameters[{first + 10}]", ffn, (None, width), like=hidden, dtype=dtypes)
+    for offset, shape in enumerate(_shapes_of_layer(width, ffn.shape[0])):
+        check_tensor(f"parameters[{first + offset}]", layer[offset], shape, like=hidden, dtype=dtypes)
+
+
 def _check_encoder(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> None:
@@ -767,9 +784,7 @@ def _check_encoder(
         ),
     )
     for first in range(0, expected, TENSORS_PER_LAYER):
-        check_tensor(f"parameters[{first + 10}]", parameters[first + 10], (None, width), like=hidden, dtype=dtypes)
-        for offset, shape in enumerate(_shapes_of_layer(width, parameters[first + 10].shape[0])):
-            check_tensor(f"parameters[{first + offset}]", parameters[first + offset], shape, like=hidden, dtype=dtypes)
+        _check_layer(parameters[first : first + TENSORS_PER_LAYER], first, hidden, dtypes)
     check_dropout(options.hidden_dropout_p, options.seed, hidden.device)
     check_dropout(options.attention_dropout_p, options.seed, hidden.device)
     check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0], max_seqlen, hidden)

@@ -116,7 +116,7 @@ class TensorParallelTransformer(AlbertTransformer):
         passes = layer_of_pass(config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num)
         # What is narrowed is decided here, once: the hidden states' dtype is that of the products.
         with torch.autocast(hidden.device.type, enabled=False):
-            layers = _layers([local(tensor) for tensor in self._parameters_of_layers()], hidden.dtype)
+            layers = _layers([local(tensor) for tensor in self.parameters_of_layers()], hidden.dtype)
             states = [hidden]
             for index, layer in enumerate(passes):
                 if run.recompute == "layer":

@@ -7,12 +7,6 @@
 namespace albert {
 namespace {
 
-bool has_shape(const void* weight, int64_t n, int64_t k) {
-  if (weight == nullptr || reinterpret_cast<uintptr_t>(weight) % kCacheLine != 0) return false;
-  const auto& w = *static_cast<const PackedWeight*>(weight);
-  return w.magic == PackedWeight::kMagic && w.n == n && w.k == k;
-}
-
 struct Workspace {
   void* context;
   char* shared;  // qkv, and when that is no longer needed h and the wide matrix
@@ -57,12 +51,12 @@ int check_encoder(const albert_encoder_args* args, bool backward) {
   const int64_t hidden = a.hidden, inner = a.inner;
   for (int i = 0; i < a.layer_count; ++i) {
     const albert_encoder_layer& w = a.layers[i];
-    if (!has_shape(w.qkv, 3 * hidden, hidden) || !has_shape(w.dense, hidden, hidden) ||
-        !has_shape(w.ffn, inner, hidden) || !has_shape(w.ffn_output, hidden, inner))
+    if (!is_packed(w.qkv, 3 * hidden, hidden) || !is_packed(w.dense, hidden, hidden) ||
+        !is_packed(w.ffn, inner, hidden) || !is_packed(w.ffn_output, hidden, inner))
       return ALBERT_BAD_WEIGHT;
     if (!backward) continue;
-    if (!has_shape(w.qkv_transposed, hidden, 3 * hidden) || !has_shape(w.dense_transposed, hidden, hidden) ||
-        !has_shape(w.ffn_transposed, hidden, inner) || !has_shape(w.ffn_output_transposed, inner, hidden))
+    if (!is_packed(w.qkv_transposed, hidden, 3 * hidden) || !is_packed(w.dense_transposed, hidden, hidden) ||
+        !is_packed(w.ffn_transposed, hidden, inner) || !is_packed(w.ffn_output_transposed, inner, hidden))
       return ALBERT_BAD_WEIGHT;
   }
   if (a.tokens == 0) return 0;

@@ -49,4 +49,11 @@ inline PackedWeight packed_header(const Isa& isa, int dtype, int64_t n, int64_t 
   return w;
 }
 
+// Whether this is a packed [n][k] matrix, where one has to be.
+inline bool is_packed(const void* weight, int64_t n, int64_t k) {
+  if (weight == nullptr || reinterpret_cast<uintptr_t>(weight) % kCacheLine != 0) return false;
+  const auto& w = *static_cast<const PackedWeight*>(weight);
+  return w.magic == PackedWeight::kMagic && w.n == n && w.k == k;
+}
+
 }  // namespace albert
