@@ -6,7 +6,7 @@ none:
 
 - by an optimizer with `fused=True`: every optimizer's step drops the packings of its parameters.
 - of a tensor made under `torch.inference_mode()`, which has no version counter: a copy of it is kept and compared.
-- through `.data` or NumPy: a sample of 512 elements of each matrix is compared, 16 side by side at 32 places. Replacing
+- through `.data` or NumPy: a sample of 256 elements of each matrix is compared, 16 side by side at 16 places. Replacing
   or scaling a matrix is seen; an edit of a few elements is not, unless one of them is in the sample. Call `forget()`
   after such an edit.
 

@@ -176,7 +176,7 @@ void advise(Tensor memory) {
 // such as one through .data, changes it unless it touches a few elements only. Elements side by side, for each place costs a miss of every cache: the last
 // call's weights have passed by since. All places are asked for before the first is read.
 int64_t fingerprint(Tensors tensors) {
-  constexpr uint64_t kPlaces = 32, kSideBySide = 16, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
+  constexpr uint64_t kPlaces = 16, kSideBySide = 16, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
   struct Run {
     const char* first;
     int64_t count, stride, bytes;
