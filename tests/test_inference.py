@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.parity import assert_as_accurate_as
+from ops.parity import assert_as_accurate_as, judged_over_draws
 from torch import Tensor, nn
 
 from albert_fast import AlbertConfig, AlbertModel, PackedBatch, cpu, inference, native, ops, prepared
@@ -76,6 +76,7 @@ def step_by_step(m: AlbertModel, **inputs):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@judged_over_draws
 def test_as_accurate_as_pytorch(dtype, groups, served, monkeypatch):
     m = model(num_hidden_groups=groups, inner_group_num=groups).to(dtype)
     oracle = AlbertModel(m.config).eval().double()
