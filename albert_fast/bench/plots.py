@@ -311,6 +311,13 @@ def _ticks(axes: Axes, places: Sequence[float], most: int = MOST_TICKS) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _round_places(low: float, high: float) -> list[float]:
+    """Of a log axis: 1, 2, 5, 10 …; of one too short for these some that are evenly apart."""
+    round_ones = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+    places = round_ones if high / low > 3 else MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [place for place in places if low <= place <= high]
+
+
 def _log_y(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -358,7 +365,10 @@ def _roofline(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> P
                 axes.plot(work.gflop, rate, color=look.color, marker=look.marker, markersize=6, alpha=0.85, zorder=3)
                 said.append(f"{row.peer} {rate:.0f} at {work.mode} {_name(work)}")
     axes.set(xscale="log", xlabel="GFLOP of the work", ylabel="GFLOP/s")
-    _decades(axes.xaxis, sizes[-1] / sizes[0] > 30)
+    if sizes[-1] / sizes[0] > 30:
+        _decades(axes.xaxis, long=True)
+    else:
+        _ticks(axes, _round_places(*axes.get_xlim()), most=5)
     _log_y(axes)
     axes.grid(color=_LINE, linewidth=0.6)
     text = f"GFLOP/s reached, of {max(roof):.0f} that matrix products reach. {'; '.join(said)}"
@@ -403,9 +413,7 @@ def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]],
             words.append(f"{work.title}, {peer}: {change.ratio:.3f}, {change.verdict}")
             y += BAR
         y += GAP
-    round_ones = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
-    places = round_ones if high / low > 3 else MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
-    _ticks(axes, [place for place in places if low <= place <= high], most=5)
+    _ticks(axes, _round_places(low, high), most=5)
     return Picture(_svg(figure, f"{title}, B / A. {'; '.join(words)}"), title)
 
 

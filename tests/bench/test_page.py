@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from albert_fast import cli
 from albert_fast.bench import comparison, page, plots, results
@@ -214,6 +216,27 @@ def test_pictures_have_the_page_s_colours_and_text(make):
         assert all(f"{variable}:" in text for variable in drawn)
     assert "reference 3.20" in pictures[0]
     assert "<text" in pictures[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_labels_of_a_roofline_have_room(count, monkeypatch):
+    """Of works of one size, too, of any size."""
+    figures = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, _: figures.append(figure) or "")
+    for _ in range(20):
+        smallest, longest = 10 ** random.uniform(-2, 5), random.choice([1.5, 5, 40, 3000])
+        sizes = [smallest * longest ** random.random() for _ in range(count)]
+        works = [work(f"{n}x1", [row("albert_fast", calls(50))], gflop=size) for n, size in enumerate(sizes, 1)]
+        found = results._build(results.Result, report(*works), "")
+        assert list(plots.rooflines(found, plots.looks([found])))
+        figure = figures.pop()
+        FigureCanvasAgg(figure).draw()
+        (axes,) = figure.axes
+        low, high = axes.get_xlim()
+        labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert labels, sizes
+        places = sorted((box.x0, box.x1) for box in (label.get_window_extent() for label in labels))
+        assert all(left[1] + 4 < right[0] for left, right in pairwise(places)), sizes
 
 
 def test_names_of_any_kind_stay_text(make):
