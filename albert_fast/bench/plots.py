@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import statistics
 import warnings
@@ -19,7 +20,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -42,7 +42,6 @@ _GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶")  # the
 WORKS_A_PANEL = 6
 LONGEST_BAR = 20.0  # times the floor, or half as many medians: what is longer is cut
 FEWEST_POINTS = 3  # of a curve
-MOST_TICKS = 7
 LONGEST_NAME, LONGEST_HEADING = 26, 40
 
 _STYLE: dict[Any, Any] = {
@@ -299,36 +298,39 @@ def _plot(axes: Axes, look: Look, x: list[float], y: list[float]) -> None:
     axes.plot(x, y, color=look.color, marker=look.marker, markersize=5, linewidth=1.6, zorder=3)
 
 
-def _ticks(axes: Axes, places: Sequence[float], most: int = MOST_TICKS) -> None:
+def _ticks(axes: Axes, places: Sequence[float]) -> None:
     """At the places themselves, as far as their labels have room on a log axis."""
+    low, high = axes.get_xlim()
+    unit = axes.get_position().width * WIDTH / math.log(high / low)
     shown = [places[-1]]
     for place in reversed(places[:-1]):
-        # No nearer to the last one, as a share of the axis.
-        if shown[-1] / place >= (places[-1] / places[0]) ** (1 / most) * (1 - 1e-9):
+        room = CHARACTER * (len(_label(place)) + len(_label(shown[-1]))) / 2 + SMALL
+        if math.log(shown[-1] / place) * unit >= room:
             shown.append(place)
     axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{place:,.12g}" for place in shown]))
+    axes.xaxis.set_major_formatter(FixedFormatter([_label(place) for place in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _label(place: float) -> str:
+    return f"{place:,.12g}"
+
+
 def _round_places(low: float, high: float) -> list[float]:
-    """Of a log axis: 1, 2, 5, 10 …; of one too short for these some that are evenly apart."""
-    round_ones = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+    """Of a log axis: 1, 10, 100 …; on a short one with 2 and 5 between them, on a shorter one some that are even."""
+    digits = (1,) if high / low > 100 else (1, 2, 5)
+    round_ones = [digit * 10.0**power for power in range(-9, 10) for digit in digits]
     places = round_ones if high / low > 3 else MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
     return [place for place in places if low <= place <= high]
 
 
 def _log_y(axes: Axes) -> None:
+    """1, 10, 100 … on a long axis; 2 and 5 between them on a short one."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    _decades(axes.yaxis, high / low > 100)
-
-
-def _decades(axis: Axis, long: bool) -> None:
-    """Of a log axis: 1, 10, 100 … of a long one; with 2 and 5 between them of a short one."""
-    axis.set_major_locator(LogLocator(subs=(1.0,) if long else (1.0, 2.0, 5.0), numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
-    axis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _label(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 # ----------------------------------------------------------------------------------------------------------- roofline
@@ -365,10 +367,7 @@ def _roofline(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> P
                 axes.plot(work.gflop, rate, color=look.color, marker=look.marker, markersize=6, alpha=0.85, zorder=3)
                 said.append(f"{row.peer} {rate:.0f} at {work.mode} {_name(work)}")
     axes.set(xscale="log", xlabel="GFLOP of the work", ylabel="GFLOP/s")
-    if sizes[-1] / sizes[0] > 30:
-        _decades(axes.xaxis, long=True)
-    else:
-        _ticks(axes, _round_places(*axes.get_xlim()), most=5)
+    _ticks(axes, _round_places(*axes.get_xlim()))
     _log_y(axes)
     axes.grid(color=_LINE, linewidth=0.6)
     text = f"GFLOP/s reached, of {max(roof):.0f} that matrix products reach. {'; '.join(said)}"
@@ -413,7 +412,7 @@ def _changes(title: str, works: Sequence[tuple[Work, list[tuple[str, Change]]]],
             words.append(f"{work.title}, {peer}: {change.ratio:.3f}, {change.verdict}")
             y += BAR
         y += GAP
-    _ticks(axes, _round_places(low, high), most=5)
+    _ticks(axes, _round_places(low, high))
     return Picture(_svg(figure, f"{title}, B / A. {'; '.join(words)}"), title)
 
 
