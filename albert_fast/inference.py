@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from albert_fast import backends, cpu
+from albert_fast import backends
 from albert_fast.ops.encoder import EncoderOptions
 from albert_fast.packing import PackedBatch
 
@@ -86,6 +86,8 @@ def run(
     )
     if backends.choose(call) is not backends.CPU:
         return None
+    from albert_fast import cpu  # not before it serves
+
     return cpu.model(batch, inputs, list(tables or ()), ends, parameters, options, embedding_eps)
 
 
