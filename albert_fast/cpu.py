@@ -431,7 +431,7 @@ def _embed_layer_norm(
     if y.numel() == 0:
         return y
     cu_seqlens = _dropout_rows(dropout_p, cu_seqlens, inputs.shape[0])
-    ids_fit = torch.ops.albert_fast_native.embed_layer_norm(
+    done = torch.ops.albert_fast_native.embed_layer_norm(
         _rows(inputs),
         position_ids.contiguous(),
         token_type_ids.contiguous(),
@@ -445,8 +445,9 @@ def _embed_layer_norm(
         cu_seqlens,
         y,
     )
-    if not ids_fit:
+    if not done:
         check_all_ids(inputs, position_ids, token_type_ids, word, position, token_type)
+        raise RuntimeError("the CPU kernel declined a table whose rows overlap: .contiguous() parts them")
     return y
 
 

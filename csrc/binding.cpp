@@ -173,8 +173,9 @@ void advise(Tensor memory) {
 }
 
 // Where the matrices among some tensors are, and a sample of their elements: an edit that no version counter tells of,
-// such as one through .data, changes it unless it touches a few elements only. Elements side by side, for each place costs a miss of every cache: the last
-// call's weights have passed by since. All places are asked for before the first is read.
+// such as one through .data, changes it unless it touches a few elements only. Elements side by side, for each place
+// costs a miss of every cache: the last call's weights have passed by since. All places are asked for before the first
+// is read.
 int64_t fingerprint(Tensors tensors) {
   constexpr uint64_t kPlaces = 16, kSideBySide = 16, kStep = 0x9E3779B97F4A7C15u, kPrime = 0x100000001B3u;
   struct Run {
@@ -194,7 +195,8 @@ int64_t fingerprint(Tensors tensors) {
     for (uint64_t i = 0; elements > 0 && i < kPlaces; ++i) {
       const uint64_t e = static_cast<uint64_t>((static_cast<unsigned __int128>(i * kStep) * elements) >> 64);
       const uint64_t row = e / columns, column = e % columns / kSideBySide * kSideBySide;
-      const char* first = values + static_cast<int64_t>(row) * row_stride + static_cast<int64_t>(column) * column_stride;
+      const char* first =
+          values + static_cast<int64_t>(row) * row_stride + static_cast<int64_t>(column) * column_stride;
       __builtin_prefetch(first);
       runs.push_back({first, static_cast<int64_t>(std::min(kSideBySide, columns - column)), column_stride, bytes});
     }
@@ -531,7 +533,7 @@ albert_embed_args embed_args(const Tensor& inputs, const Tensor& position_ids, c
   return a;
 }
 
-// Whether every id is a row of its table; nothing is written where one is not.
+// False where an id is no row of its table, or a stride is not served; nothing is written then.
 bool embed_layer_norm(Tensor inputs, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position,
                       Tensor token_type, Tensor weight, Tensor bias, double eps, double dropout_p, int64_t seed,
                       int64_t site, OptionalTensor cu_seqlens, Tensor y) {
@@ -619,9 +621,9 @@ bool are_layers(const Tensors& parameters, torch::headeronly::ScalarType dtype, 
 }
 
 // Inference of a whole model. inputs: ids [tokens], or with no `tables` what comes out of the embeddings, [tokens, E].
-// tables: word, position and token type, and weight and bias of their LayerNorm. ends: weight and bias of the projection
-// and, with `pooled`, of the pooler. packed: 4 or 8 a layer, then one for each of the ends, or nothing yet. fingerprints: of
-// parameters and ends as they were packed.
+// tables: word, position and token type, and weight and bias of their LayerNorm. ends: weight and bias of the
+// projection and, with `pooled`, of the pooler. packed: 4 or 8 a layer, then one for each of the ends, or nothing yet.
+// fingerprints: of parameters and ends as they were packed.
 // kUnfit: a tensor, offset or id is not as it has to be, which is for the operations by themselves to explain. kStale:
 // the matrices have changed since they were packed, or never were. Nothing is written then.
 int64_t model(Tensor inputs, OptionalTensor position_ids, OptionalTensor token_type_ids, Tensors tables, Tensors ends,
@@ -794,8 +796,8 @@ STABLE_TORCH_LIBRARY(albert_fast_native, m) {
       "Tensor(d!) grad_token_type, Tensor(e!) grad_weight, Tensor(f!) grad_bias) -> ()");
   m.def(
       "model(Tensor inputs, Tensor? position_ids, Tensor? token_type_ids, Tensor[] tables, Tensor[] ends, "
-      "Tensor[] parameters, Tensor[] packed, int[] fingerprints, Tensor cu_seqlens, int max_seqlen, int[] layer_of_pass, "
-      "int heads, int activation, float eps, float embedding_eps, Tensor? corrections, "
+      "Tensor[] parameters, Tensor[] packed, int[] fingerprints, Tensor cu_seqlens, int max_seqlen, "
+      "int[] layer_of_pass, int heads, int activation, float eps, float embedding_eps, Tensor? corrections, "
       "Tensor(a!) output, Tensor(b!)? pooled) -> int");
   m.def(
       "masked_lm_loss(Tensor x, Tensor table, Tensor bias, Tensor labels, int ignore_index, float label_smoothing, "

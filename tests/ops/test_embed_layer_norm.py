@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from albert_fast import backends
+from albert_fast import backends, native
 from albert_fast.ops import embed_layer_norm
 from albert_fast.ops.dropout import keep_mask, token_coordinates
 from albert_fast.ops.embed_layer_norm import embed_layer_norm_reference
@@ -298,3 +298,16 @@ def test_a_wrong_argument_is_named(changed: dict[str, Any], error, match):
     embed_layer_norm(**tensors, eps=EPS)
     with pytest.raises(error, match=match):
         embed_layer_norm(**{**tensors, "eps": EPS, **changed})
+
+
+@pytest.mark.skipif(native.load() is not None, reason="no native library")
+@pytest.mark.parametrize("training", [False, True])
+def test_what_the_kernel_declines_is_an_error(training, monkeypatch):
+    """Not an output that nobody wrote."""
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "cpu")
+    ids = torch.zeros(5, dtype=torch.int64)
+    table = torch.randn(1, 16).expand(8, 16)  # rows that overlap
+    tables = [table, torch.randn(9, 16), torch.randn(2, 16), torch.ones(16), torch.zeros(16)]
+    tables[1].requires_grad_(training)
+    with pytest.raises(RuntimeError, match="overlap"):
+        embed_layer_norm(ids, ids, ids, *tables, eps=1e-12)
