@@ -14,6 +14,7 @@ library), so that `import albert_fast` needs neither.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -105,6 +106,7 @@ REFERENCE = Backend(
 )
 
 
+@functools.cache
 def _cpu() -> ModuleType:
     from albert_fast import cpu
 
@@ -119,6 +121,7 @@ CPU = Backend(
 )
 
 
+@functools.cache
 def _triton() -> ModuleType:
     from albert_fast import triton_backend
 
@@ -133,6 +136,7 @@ TRITON = Backend(
 )
 
 
+@functools.cache
 def _cuda() -> ModuleType:
     from albert_fast import cuda_backend
 

@@ -120,9 +120,8 @@ class AlbertLayer(nn.Module):
         rest = (attention.LayerNorm, self.ffn, self.ffn_output, self.full_layer_layer_norm)
         for module in (*projections, *rest):
             for name in ("weight", "bias"):
-                own = module._parameters.get(
-                    name
-                )  # every call comes here: a module's attribute takes four times as long
+                # Every call comes here: a module's attribute takes four times as long.
+                own = module._parameters.get(name)
                 yield getattr(module, name) if own is None else own
 
 
@@ -486,8 +485,10 @@ class AlbertPreTrainedModel(nn.Module):
             longest = self.config.max_position_embeddings
             check(
                 tokens.shape[1] <= longest,
-                f"{'input_ids' if input_ids is not None else 'inputs_embeds'} is {describe(tokens)}: rows of "
-                f"{tokens.shape[1]}, and config.max_position_embeddings is {longest}: truncate them",
+                lambda: (
+                    f"{'input_ids' if input_ids is not None else 'inputs_embeds'} is {describe(tokens)}: rows of "
+                    f"{tokens.shape[1]}, and config.max_position_embeddings is {longest}: truncate them"
+                ),
             )
         bias, mask = None, attention_mask
         if attention_mask is not None and attention_mask.dim() == 4:

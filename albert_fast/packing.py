@@ -176,8 +176,8 @@ class PackedBatch:
                 f"attention_mask is on {attention_mask.device}; {device} was expected",
             )
             # On the CPU a mask of ones is found by one look at it, before anything is made of it.
-            reads = capacity is None and device.type == "cpu" and values_can_be_read(attention_mask)
-            if reads and bool(attention_mask.all()):
+            reads = capacity is None and attention_mask.is_cpu and values_can_be_read(attention_mask)
+            if reads and torch.equal(attention_mask, _ones(*shape, attention_mask.dtype, device)):
                 attention_mask = None
         if attention_mask is None and lengths is None and capacity is None:
             return cls(_full_cu_seqlens(batch_size, seq_length, device), seq_length, batch_size, seq_length)
@@ -315,6 +315,11 @@ def _kept_on_the_cpu(make: _Made) -> _Made:
 def zeros(tokens: int, device: torch.device) -> Tensor:
     """Types of tokens where there are none: int64 [tokens], not to be written to."""
     return torch.zeros(tokens, dtype=torch.int64, device=device)
+
+
+@_kept_on_the_cpu
+def _ones(batch_size: int, seq_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(batch_size, seq_length, dtype=dtype, device=device)
 
 
 @_kept_on_the_cpu

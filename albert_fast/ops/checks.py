@@ -54,21 +54,21 @@ def check_tensor(
 
 def values_can_be_read(tensor: Tensor) -> bool:
     """Whether looking at the values of `tensor` is free (a CPU tensor in eager mode) or was asked for."""
-    if not has_values(tensor):
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("ALBERT_FAST_CHECK") == "1"
+    return (tensor.is_cpu or os.environ.get("ALBERT_FAST_CHECK") == "1") and has_values(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether `tensor` has values that can be waited for: not while something is compiled, traced or recorded."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    if type(tensor) is not Tensor and isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return not is_being_recorded(tensor)
 
 
 def is_being_recorded(tensor: Tensor) -> bool:
     """Whether what is done to `tensor` now becomes part of a CUDA graph: nothing may wait for its values."""
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_ids(name: str, ids: Tensor, limit: int, what: str) -> None:

@@ -352,7 +352,7 @@ def test_spans(seed: int) -> None:
     assert np.allclose(law[1:] / law[:-1], 0.8)
     assert (law * np.arange(1, 11)).sum() == pytest.approx(3.8, abs=0.01)
     # Rows with room for many spans, so that few are shortened; spans that touch look like one.
-    sample = Text([[2, *[5, 120] * 1000, 3]] * 40)
+    sample = Text([[2, *[5, 120] * 1000, 3]] * 120)
     batch = sample.batch(seed)
     flags = choose(batch, VOCABULARY, MaskingOptions(strategy="span", rate=0.01))
     lengths = [n / 2 for row in rows_of(flags, batch) for n in runs(row)]
