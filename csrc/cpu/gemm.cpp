@@ -24,7 +24,7 @@ struct Plan {
 
 bool norm_in_scratch(const albert_gemm_args& args) { return args.ln_weight != nullptr && args.y_dtype == ALBERT_BF16; }
 
-double pack_cycles(const PackedWeight& w) { return w.dtype == ALBERT_INT8 ? 2 : 0.5; }  // quantized, or copied
+double pack_cycles(const PackedWeight& w) { return w.dtype == ALBERT_INT8 ? kQuantizeCycles : 0.5; }  // else copied
 
 Plan make_plan(const albert_gemm_args& args, int threads) {
   const auto& w = *static_cast<const PackedWeight*>(args.weight);

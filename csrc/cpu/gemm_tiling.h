@@ -15,6 +15,14 @@ constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10;
 #else
 constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
 #endif
+// What choose_grid counts with: cycles of a step for a row that is quantized, and for a block at least.
+#ifdef __AVX512F__
+constexpr double kQuantizeCycles = 3.5;
+constexpr int64_t kLeastBlockCycles = 24;
+#else
+constexpr double kQuantizeCycles = 2;
+constexpr int64_t kLeastBlockCycles = 0;
+#endif
 constexpr int64_t kMostChunkRows = 32 * kMaxRows;
 // Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
 // are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
@@ -41,9 +49,11 @@ inline Grid choose_grid(int threads, int64_t rows, int64_t panels, double pack_c
   for (int along_rows = 1; along_rows <= threads; ++along_rows) {
     const int64_t along_panels = smaller(threads / along_rows, panels);
     if (along_rows > rows || along_panels < 1) break;
-    const double r = static_cast<double>(divide_up(rows, along_rows));
-    const double p = static_cast<double>(divide_up(panels, along_panels));
-    const double cost = p * (2 * r + 2) + pack_cycles * r;
+    const int64_t r = divide_up(rows, along_rows), blocks = divide_up(r, kMaxRows);
+    // Cores that read the same panels, each several times, get no further in small blocks.
+    const int64_t products = along_rows > 1 && blocks > 1 ? larger(2 * r, kLeastBlockCycles * blocks) : 2 * r;
+    const double cost = static_cast<double>(divide_up(panels, along_panels) * (products + 2)) +
+                        pack_cycles * static_cast<double>(r);
     if (along_rows == 1 || cost < best_cost) {
       best = {along_rows, static_cast<int>(along_panels)};
       best_cost = cost;
