@@ -52,7 +52,9 @@ ALBERT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 ALBERT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 ALBERT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 ALBERT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
-ALBERT_INLINE F reciprocal_short(F a) { return _mm512_rcp14_ps(a); }       // to 6e-5 of itself
+ALBERT_INLINE F select(const float* table, I index) {  // of kLanes numbers; the lowest bits count
+  return _mm512_permutexvar_ps(index, load(table));
+}
 ALBERT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
 ALBERT_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
 ALBERT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN, as max
@@ -146,7 +148,6 @@ ALBERT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 ALBERT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 ALBERT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 ALBERT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
-ALBERT_INLINE F reciprocal_short(F a) { return div(set(1.0f), a); }  // AVX2's own has 12 bits
 ALBERT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 ALBERT_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 ALBERT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }

@@ -122,6 +122,8 @@ bool math() {
   good &= check("erf", v::erf, std::erf, -INFINITY, INFINITY, 2.5, 2e-7);
   good &= check("gelu_tanh", v::gelu_tanh, gelu_tanh, -3, 1e30f, 10, 2e-7);
   good &= check("gelu_tanh", v::gelu_tanh, gelu_tanh, -10, -3, 1e3, 2e-7);
+  good &= check("gelu_tanh_short", v::gelu_tanh_short, gelu_tanh, -1e20f, 1e20f, INFINITY, 1e-4);
+  good &= check("gelu_tanh_short", v::gelu_tanh_short, gelu_tanh, -0.13f, 0.13f, 2e3, 1e-4);
   good &= check("gelu_erf", v::gelu_erf, gelu_erf, -3, 1e30f, 10, 2e-7);
   good &= check("gelu_erf", v::gelu_erf, gelu_erf, -12, -3, 1e3, 2e-7);
   good &= check("gelu_tanh_gradient", v::gelu_tanh_gradient, gelu_tanh_gradient, -100, 100, 1e30, 4e-7);
