@@ -9,17 +9,13 @@ namespace albert::ALBERT_ISA {
 
 // A group of panels stays in L2 while the blocks of a chunk pass by. A chunk of packed rows is read once for each group,
 // from L2 or L3; larger chunks read the weight less often. Cores with AVX-512 have 1 to 2 MB of L2, those without it
-// 256 to 512 KB.
+// 256 to 512 KB. Cycles are what choose_grid counts with: of a step for a row that is quantized, and for a block at least.
 #ifdef __AVX512F__
 constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10;
-#else
-constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
-#endif
-// What choose_grid counts with: cycles of a step for a row that is quantized, and for a block at least.
-#ifdef __AVX512F__
 constexpr double kQuantizeCycles = 3.5;
 constexpr int64_t kLeastBlockCycles = 24;
 #else
+constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
 constexpr double kQuantizeCycles = 2;
 constexpr int64_t kLeastBlockCycles = 0;
 #endif

