@@ -86,7 +86,7 @@ def test_it_begins_with_what_the_encoder_has(model_directory, tmp_path):
 
 
 def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
-    """What is thought of the film, as the source says; BLEU counts four words in a row."""
+    """What is thought of the film, as the source says; one answer for all has BLEU 83.8."""
     files = {}
     for name, count in (("train", 200), ("dev", 30)):
         kinds = [bool(i % 2) for i in range(count)]
@@ -103,11 +103,11 @@ def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
             f"data.dev={files['dev']}",
             f"output={tmp_path / 'run'}",
             "length=24",
-            "epochs=16",
+            "epochs=32",
             "label_smoothing=0.0",
-            "optimizer.learning_rate=0.001",
+            "optimizer.learning_rate=0.002",
             "batch.size=16",
-            "evaluate.every=50",
+            "evaluate.every=200",
             "decoding.beams=2",
             "log={every: 10, quiet: true, peak_flops: 1e12}",
             "device=cpu",
@@ -115,6 +115,6 @@ def test_it_learns_to_write_one_word(model_directory, draw, tmp_path):
     )
     assert finetune(config) == 0
     evaluations = [record for record in tracking.read(tmp_path / "run") if record["kind"] == "evaluation"]
-    assert evaluations[-1]["bleu"] > 80
+    assert evaluations[-1]["bleu"] > 95
     pipeline = Pipeline(tmp_path / "run" / "best", device="cpu")
     assert pipeline.evaluate(files["dev"])["bleu"] == pytest.approx(max(e["bleu"] for e in evaluations), abs=5)
