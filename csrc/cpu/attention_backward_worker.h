@@ -82,18 +82,19 @@ struct BackwardWorker {
   void foresee(int64_t first, int64_t queries, int64_t steps) {
     const int64_t token = row->query + first, next = token + queries, left = row->queries - first - queries;
     soon.clear();
-    if (backward.partial == nullptr) soon.add(grad_query(token), g.grad_query_token_stride, queries);
+    if (backward.partial == nullptr) soon.add(grad_query(token), g.grad_query_token_stride, queries, For::writing);
     if (left > 0) {
       const int64_t count = smaller(kGroup, left);
       const auto add = [&](const void* base, int64_t token_stride, int64_t head_stride) {
-        soon.add(static_cast<const T*>(base) + next * token_stride + head * head_stride, token_stride, count);
+        soon.add(static_cast<const T*>(base) + next * token_stride + head * head_stride, token_stride, count,
+                 For::reading);
       };
       add(a.query, a.query_token_stride, a.query_head_stride);
       add(g.grad_output, g.grad_output_stride, shape.d);
       add(a.output, a.output_stride, shape.d);
     } else {
-      soon.add(grad_key, g.grad_key_token_stride, keys);
-      soon.add(grad_value, g.grad_value_token_stride, keys);
+      soon.add(grad_key, g.grad_key_token_stride, keys, For::writing);
+      soon.add(grad_value, g.grad_value_token_stride, keys, For::writing);
     }
     soon.spread(steps);
   }

@@ -4,6 +4,8 @@
 #include "attention_pack.h"
 #include "attention_softmax.h"
 
+#include <type_traits>
+
 namespace albert::ALBERT_ISA {
 namespace {
 
@@ -75,9 +77,10 @@ struct ForwardWorker {
     const MicroKernel kernel = kernels.of[rows];
     T* output = static_cast<T*>(a.output) + (row.query + first) * a.output_stride + head * shape.d;
     soon.clear();
-    soon.add(output, a.output_stride, rows);
+    soon.add(output, a.output_stride, rows, For::writing);
     if (first + rows < end)
-      soon.add(queries.data + (first + rows) * queries.stride, queries.stride, smaller(kMaxRows, end - first - rows));
+      soon.add(queries.data + (first + rows) * queries.stride, queries.stride, smaller(kMaxRows, end - first - rows),
+               For::reading);
     soon.spread(panels);
     for (int64_t p = 0; p < panels; p += kRunPanels) {
       const int64_t count = smaller(kRunPanels, panels - p), tile = rows * kPanel;
@@ -108,10 +111,14 @@ struct ForwardWorker {
   template <class Stored>
   void exponentiate_rows(int64_t panels, int rows, uint32_t outer, int64_t first, int64_t key) {
     const KeyLines<Stored> lines{reinterpret_cast<Stored*>(scratch.probabilities), rows};
-    for (int r = 0; r < rows; ++r)
-      (attention.dropout ? exponentiate<true, Stored> : exponentiate<false, Stored>)(
+    const auto some = [&](auto count, int r) {
+      (attention.dropout ? exponentiate<true, count.value, Stored> : exponentiate<false, count.value, Stored>)(
           softmax, scratch.scores, panels, rows, r, dropout, outer, static_cast<uint32_t>(first + r),
           static_cast<uint32_t>(key), lines);
+    };
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) some(std::integral_constant<int, 2>(), r);
+    if (r < rows) some(std::integral_constant<int, 1>(), r);
   }
 
   void rescale(int rows) {

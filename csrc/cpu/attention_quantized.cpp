@@ -23,31 +23,42 @@ ALBERT_INLINE F inverse_scale(F largest, float levels) {
 }
 ALBERT_INLINE F scale_of(F largest, float levels) { return fma(largest, zero(), mul(largest, set(1 / levels))); }
 
-// `tokens` (at most kLanes) tokens of a head, less `mean`, as bytes in [zero - 127, zero + 127]; 64 of a token's lie
-// together, the next token's token_stride further, the same token's next 64 line_stride further. Features past head_dim
-// become `zero`, of which the other operand has 0. scales: [kLanes].
-template <class T>
-void quantize_tokens(const T* x, int64_t stride, int tokens, int64_t d, const float* mean, int zero, char* out,
+// t becomes 2^t + addend, rounded once, of a 2^t to 3e-5 of itself; t in [-126, 126], NaN stays.
+template <int n>
+ALBERT_INLINE void exp2_plus(F (&t)[n], F addend) {
+  F power[n];
+  split_power(t, power);
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) t[i] = fma(power[i], fma(t[i], set(0.693140405f), set(1.00002932f)), addend);
+}
+
+// `tokens` (at most kLanes) tokens of a head, less `mean`, as bytes in [-127, 127], or as those plus kQueryZero; 64 of a
+// token's lie together, the next token's token_stride further, the same token's next 64 line_stride further. Features
+// past head_dim become 0, of which the other operand has 0. scales: [kLanes].
+template <bool is_query, class T>
+void quantize_tokens(const T* x, int64_t stride, int tokens, int64_t d, const float* mean, char* out,
                      int64_t token_stride, int64_t line_stride, float* scales) {
-  alignas(64) float centred[kLanes * kMostHeadDim], most[kLanes * kLanes], inverses[kLanes];
-  for (int i = 0; i < kLanes; ++i) store(most + i * kLanes, set(0.0f));
-  const int64_t padded = divide_up(d, 64) * 64;
+  alignas(64) float most[kLanes * kLanes], inverses[kLanes];
+  const auto centred = [=](int i, int64_t c) {
+    const F v = load_columns(x + i * stride + c, static_cast<int>(d - c));
+    return is_query ? v : sub(v, load(mean + c));
+  };
+  for (int i = tokens; i < kLanes; ++i) store(most + i * kLanes, zero());
   for (int i = 0; i < tokens; ++i) {
-    F largest = set(0.0f);
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      const F v = sub(load_columns(x + i * stride + c, static_cast<int>(d - c)), load(mean + c));
-      largest = larger_magnitude(largest, v);
-      store(centred + i * kMostHeadDim + c, v);
-    }
+    F largest = zero();
+    for (int64_t c = 0; c < d; c += kLanes) largest = larger_magnitude(largest, centred(i, c));
     store(most + i * kLanes, largest);
   }
   const F largest = across(most, larger_magnitude);
   store(inverses, inverse_scale(largest, kToken));
   store(scales, scale_of(largest, kToken));
   for (int i = 0; i < tokens; ++i)
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      const I rounded = to_int(mul(load(centred + i * kMostHeadDim + c), set(inverses[i])));
-      store_low8(out + i * token_stride + c / 64 * line_stride + c % 64, add(rounded, set(zero)));
+    for (int64_t c = 0; c < d; c += 64) {
+      const F inverse = set(inverses[i]);
+      const auto rounded = [&](int64_t from) { return to_int(mul(centred(i, c + from), inverse)); };
+      const I bytes = to_bytes(rounded(0), rounded(kLanes), rounded(2 * kLanes), rounded(3 * kLanes));
+      store(reinterpret_cast<int*>(out + i * token_stride + c / 64 * line_stride),
+            is_query ? exclusive_or(bytes, set(static_cast<int>(0x01010101u * kQueryZero))) : bytes);
     }
 }
 
@@ -81,7 +92,7 @@ template <class T>
 struct Worker {
   const Attention& attention;
   const HeadShape& shape;
-  const KernelTable &score_kernels, &value_kernels;
+  const KernelTable& value_kernels;
   Scratch scratch;
   PrefetchQueue<T> soon;
   int64_t packed_row = -1, packed_head = -1;
@@ -89,11 +100,10 @@ struct Worker {
   // The block's softmax: largest score, what is added to the exponent, the factor of earlier sums, those of the scores
   // in the exponential and before anything is added to them (Scores), and the sums of probabilities, lane by lane.
   alignas(64) float top[kLanes], shift[kLanes], alpha[kLanes], factor[kLanes], product[kLanes];
-  alignas(64) float totals[kLanes * kLanes];
+  alignas(64) float totals[kLanes * kLanes], largest[kLanes * kLanes];
 
-  Worker(const Attention& a, const HeadShape& s, const KernelTable& for_scores, const KernelTable& for_values,
-         const Scratch& memory)
-      : attention(a), shape(s), score_kernels(for_scores), value_kernels(for_values), scratch(memory), scores(a) {
+  Worker(const Attention& a, const HeadShape& s, const KernelTable& for_values, const Scratch& memory)
+      : attention(a), shape(s), value_kernels(for_values), scratch(memory), scores(a) {
     scores.raw = a.args.bias == nullptr && !a.args.causal;
     __builtin_memset(scratch.ones, kQueryZero, static_cast<size_t>(shape.d_steps) * 4);
   }
@@ -127,20 +137,21 @@ struct Worker {
       store(scratch.mean + c, mul(total, set(share)));
     }
     const int64_t token_bytes = shape.d_steps * 4;
+    const MicroKernel sum_up = avx512_vnni::micro_kernel(Unit::u8s8x4, RowLayout::lines, 1);
     for (int64_t token = 0; token < x.tokens; token += kPanel) {
       char* panel = scratch.keys + token * token_bytes;
       __builtin_memset(scratch.staging, 0, static_cast<size_t>(kPanel * token_bytes));
       for (int64_t i = 0; i < kPanel && token + i < x.tokens; i += kLanes)
-        quantize_tokens(x.data + (token + i) * x.stride, x.stride,
-                        static_cast<int>(smaller(kLanes, x.tokens - token - i)), shape.d, scratch.mean, 0,
-                        scratch.staging + i * token_bytes, token_bytes, 64, scratch.key_scale + token + i);
+        quantize_tokens<false>(x.data + (token + i) * x.stride, x.stride,
+                               static_cast<int>(smaller(kLanes, x.tokens - token - i)), shape.d, scratch.mean,
+                               scratch.staging + i * token_bytes, token_bytes, 64, scratch.key_scale + token + i);
       const float* from = reinterpret_cast<const float*>(scratch.staging);
       for (int64_t s = 0; s < shape.d_steps; s += kLanes)
         for (int64_t i = 0; i < kPanel; i += kLanes)
           transpose(from + i * shape.d_steps + s, shape.d_steps, reinterpret_cast<float*>(panel) + s * kPanel + i,
                     kPanel);
       // What queries' zero point adds to a key's products.
-      score_kernels.of[1](scratch.ones, panel, shape.d_steps, scratch.sums, false, {});
+      sum_up(scratch.ones, panel, shape.d_steps, scratch.sums, false, {});
       for (int64_t i = 0; i < kPanel; i += kLanes) {
         const F scales = load(scratch.key_scale + token + i);
         store(scratch.key_offset + token + i, fnma(to_float(load(scratch.sums + i)), scales, zero()));
@@ -176,9 +187,8 @@ struct Worker {
     const albert_attention_args& a = attention.args;
     const auto queries =
         head_rows<T>(shape.unit, a.query, a.query_token_stride, a.query_head_stride, head, row.query, row.queries);
-    alignas(64) static constexpr float none[kMostHeadDim] = {};
-    quantize_tokens(queries.data + first * queries.stride, queries.stride, rows, shape.d, none, kQueryZero,
-                    scratch.query, 64, rows * 64, factor);
+    quantize_tokens<true>(queries.data + first * queries.stride, queries.stride, rows, shape.d, nullptr, scratch.query,
+                          64, rows * 64, factor);
     // A query of zeros: not 0 times the -inf of a key that it may not see. NaN stays.
     store(factor, max(set(1e-30f), mul(load(factor), set(a.scale * kLog2e))));
     if (!scores.raw) {
@@ -190,19 +200,26 @@ struct Worker {
     const int64_t panels = divide_up(keys_seen(a, row, first + rows - 1), kPanel), tile = rows * kPanel;
     const int64_t all_steps = divide_up(row.keys, kPanel) * kPanel / 2;
     soon.clear();
-    soon.add(static_cast<T*>(a.output) + (row.query + first) * a.output_stride + head * shape.d, a.output_stride, rows);
+    soon.add(static_cast<T*>(a.output) + (row.query + first) * a.output_stride + head * shape.d, a.output_stride, rows,
+             For::writing);
     if (first + rows < end)
-      soon.add(queries.data + (first + rows) * queries.stride, queries.stride, smaller(kMaxRows, end - first - rows));
+      soon.add(queries.data + (first + rows) * queries.stride, queries.stride, smaller(kMaxRows, end - first - rows),
+               For::reading);
     soon.spread(panels);
+    const ScoreKernel score_kernel = avx512_vnni::score_kernel(rows);
     for (int64_t p = 0; p < panels; p += kRunPanels) {
       const int64_t count = smaller(kRunPanels, panels - p), steps = count * kPanel / 2;
+      for (int r = 0; r < kLanes; ++r) store(largest + r * kLanes, set(minus_infinity()));
       for (int64_t i = 0; i < count; ++i) {
         soon.step(shape.d);
-        score_kernels.of[rows](scratch.query, scratch.keys + (p + i) * kPanel * shape.d_steps * 4, shape.d_steps,
-                               scratch.scores + i * tile, false, {});
+        const int64_t key = (p + i) * kPanel;
+        score_kernel(scratch.query, scratch.keys + key * shape.d_steps * 4, shape.d_steps, scratch.key_scale + key,
+                     scratch.key_offset + key, scratch.scores + i * tile, largest);
       }
       raise(row, head, first, rows, p * kPanel, count);
-      for (int r = 0; r < rows; ++r) exponentiate(rows, r, count);
+      int done = 0;
+      for (; done + 2 <= rows; done += 2) exponentiate<2>(rows, done, count);
+      if (done < rows) exponentiate<1>(rows, done, count);
       for (int64_t i = 0; i < shape.d_panels; ++i) {
         value_kernels.of[rows](scratch.probabilities, scratch.values + (i * all_steps + p * kPanel / 2) * kPanel * 4,
                                steps, scratch.sums, false, {});
@@ -217,54 +234,55 @@ struct Worker {
     if (panels == 0) __builtin_memset(scratch.output, 0, static_cast<size_t>(rows * shape.d_panels * kPanel) * 4);
   }
 
-  // Sums of products to scores, in place, and the softmax's new maximum.
+  // Scores to what the softmax takes, where something is added or left out, and its new maximum.
   void raise(const Row& row, int64_t head, int64_t first, int rows, int64_t key, int64_t panels) {
-    alignas(64) float best[kLanes * kLanes];
-    for (int r = 0; r < kLanes; ++r) store(best + r * kLanes, set(minus_infinity()));
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows && !scores.raw; ++r) {
       float* row_scores = scratch.scores + r * kPanel;
       const int64_t tile = rows * kPanel;
+      scores.product = product[r];
+      scores.finish(row, head, first + r, key, keys_seen(attention.args, row, first + r), row_scores, tile, panels);
       F most = set(minus_infinity());
       for (int64_t p = 0; p < panels; ++p)
-        for (int c = 0; c < kPanel; c += kLanes) {
-          float* s = row_scores + p * tile + c;
-          const int64_t k = key + p * kPanel + c;
-          const F sums = to_float(load(reinterpret_cast<const int*>(s)));
-          const F t = fma(sums, load(scratch.key_scale + k), load(scratch.key_offset + k));
-          store(s, t);
-          most = max(most, t);
-        }
-      if (!scores.raw) {
-        scores.product = product[r];
-        scores.finish(row, head, first + r, key, keys_seen(attention.args, row, first + r), row_scores, tile, panels);
-        most = set(minus_infinity());
-        for (int64_t p = 0; p < panels; ++p)
-          for (int c = 0; c < kPanel; c += kLanes) most = max(most, load(row_scores + p * tile + c));
-      }
-      store(best + r * kLanes, most);
+        for (int c = 0; c < kPanel; c += kLanes) most = max(most, load(row_scores + p * tile + c));
+      store(largest + r * kLanes, most);
     }
     const F before = load(top);
-    const F now = max(before, mul(across(best, [](F a, F b) { return max(a, b); }), load(factor)));
+    const F now = max(before, mul(across(largest, [](F a, F b) { return max(a, b); }), load(factor)));
     const F less_top = less(set(minus_infinity()), now, sub(zero(), now), zero());  // no key so far: anything will do
     store(alpha, probability(before, set(1.0f), less_top));
     store(shift, add(less_top, set(kLog2Probability)));
     store(top, now);
   }
 
-  // Row r of the tile: probabilities as 16-bit numbers, which add up to what is kept as their total.
-  void exponentiate(int rows, int r, int64_t panels) {
-    const KeyLines<int16_t> lines{scratch.probabilities, rows};
-    const F f = set(factor[r]), less_top = set(shift[r]), magic = set(kMagic);
-    F total = mul(load(totals + r * kLanes), set(alpha[r]));
-    for (int64_t p = 0; p < panels; ++p)
-#pragma GCC unroll 2
-      for (int c = 0; c < kPanel; c += kLanes) {
-        const F score = load(scratch.scores + (p * rows + r) * kPanel + c);
-        const F e = add(exp2_short(max(set(-30.0f), fma(score, f, less_top))), magic);
-        total = add(total, sub(e, magic));
-        store_low16(lines.at(r, p * kPanel + c), bits(e));
+  // Probabilities of `count` rows from r on as 16-bit numbers, which add up to what is kept as their totals.
+  template <int count>
+  ALBERT_INLINE void exponentiate(int rows, int r, int64_t panels) {
+    static_assert(kPanel * sizeof(int16_t) == 64, "a panel's probabilities are a line");
+    const float* s = scratch.scores + r * kPanel;
+    int16_t* out = scratch.probabilities + r * kPanel;
+    const F magic = set(kMagic);
+    F total[count], f[count], less_top[count];
+    for (int i = 0; i < count; ++i) {
+      total[i] = zero();
+      f[i] = set(factor[r + i]);
+      less_top[i] = set(shift[r + i]);
+    }
+    for (int64_t p = 0; p < panels; ++p, s += rows * kPanel, out += rows * kPanel) {
+      F e[count * kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < count * kVectors; ++i)
+        e[i] = max(set(-30.0f), fma(load(s + i * kLanes), f[i / kVectors], less_top[i / kVectors]));
+      exp2_plus(e, magic);
+#pragma GCC unroll 8
+      for (int i = 0; i < count * kVectors; ++i) {
+        store_low16(out + i * kLanes, bits(e[i]));
+        total[i / kVectors] = add(total[i / kVectors], sub(e[i], magic));
       }
-    store(totals + r * kLanes, total);
+    }
+    for (int i = 0; i < count; ++i) {
+      float* sums = totals + (r + i) * kLanes;
+      store(sums, fma(load(sums), set(alpha[r + i]), total[i]));
+    }
   }
 
   void finish(const Row& row, int64_t head, int64_t first, int rows) {
@@ -287,12 +305,11 @@ struct Worker {
 template <class T>
 void run(const Attention& attention, const HeadShape& shape, char* workspace, const albert_parallel* parallel) {
   const albert_attention_args& a = attention.args;
-  const KernelTable for_scores(Unit::u8s8x4, RowLayout::lines, true), for_values(Unit::s16x2, RowLayout::lines, true);
+  const KernelTable for_values(Unit::s16x2, RowLayout::lines, true);
   const int64_t keys = most_keys(a);
   const size_t bytes = Scratch(shape, keys, nullptr).bytes;
   for_each_unit(a, parallel, QueryParts(a, parallel), [&](int task) {
-    return Worker<T>(attention, shape, for_scores, for_values,
-                     Scratch(shape, keys, workspace + bytes * static_cast<size_t>(task)));
+    return Worker<T>(attention, shape, for_values, Scratch(shape, keys, workspace + bytes * static_cast<size_t>(task)));
   });
   clear_tokens(static_cast<T*>(a.output), a.output_stride, shape.d, a, a.cu_seqlens_q[a.batch], a.tokens_q);
 }

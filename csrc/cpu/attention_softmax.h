@@ -63,10 +63,13 @@ inline Dropout dropout_of(const Attention& a) {
   return {static_cast<uint32_t>(a.args.seed), static_cast<uint32_t>(a.args.seed >> 32), a.args.site, a.keep_threshold};
 }
 
-// exp2(score * factor + shift), the shift being less the row's maximum or logsumexp; 0 for -inf, NaN for NaN. Results
-// below 2^-126, which would be denormal, take a hundred times as long: they are computed as 2^-126, then taken off.
+// exp2(score * factor + shift), the shift being less the row's maximum or logsumexp; 0 for -inf, NaN for NaN. Denormal
+// numbers take a hundred times as long, and come up in exp2_normal before its result is one: results below 2^-100 are
+// computed as that, then taken off.
+ALBERT_INLINE F exponent(F score, F factor, F shift) { return max(set(-100.0f), fma(score, factor, shift)); }
+ALBERT_INLINE F probability(F power) { return sub(power, set(0x1p-100f)); }
 ALBERT_INLINE F probability(F score, F factor, F shift) {
-  return sub(exp2(max(set(-126.0f), fma(score, factor, shift))), set(0x1p-126f));
+  return probability(exp2_normal(exponent(score, factor, shift)));
 }
 
 // The running softmax of a block of queries: maximum, sum (a vector, added up at the end), and what the earlier sums
@@ -125,27 +128,40 @@ struct KeyLines {
   }
 };
 
-// Row r of the tile: probabilities into lines, their sum (before dropout) into the softmax.
-template <bool dropped, class Stored>
+// `count` rows of the tile from r on: probabilities into lines, their sums (before dropout) into the softmax. The same
+// for a row whatever `count` is: no product is left beside a sum, which the compiler might make one operation or two.
+template <bool dropped, int count, class Stored>
 void exponentiate(OnlineSoftmax& softmax, const float* s, int64_t panels, int rows, int r, const Dropout& dropout,
                   uint32_t outer, uint32_t q, uint32_t key, const KeyLines<Stored>& lines) {
-  const F shift = set(softmax.shift[r]);
-  F total = mul(load(softmax.sums + r * kLanes), set(softmax.alpha[r]));
-  I words[4];
-  for (int64_t p = 0; p < panels; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = p * kPanel + v * kLanes;
-      F e = probability(load(s + (p * rows + r) * kPanel + v * kLanes), set(softmax.factor), shift);
-      total = add(total, e);
+  F total[count], shift[count];
+  for (int i = 0; i < count; ++i) {
+    total[i] = zero();
+    shift[i] = set(softmax.shift[r + i]);
+  }
+  I words[count][4];
+  for (int64_t p = 0; p < panels; ++p) {
+    F e[count * kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < count * kVectors; ++i)
+      e[i] = exponent(load(s + (p * rows + r) * kPanel + i * kLanes), set(softmax.factor), shift[i / kVectors]);
+    exp2_normal(e);
+#pragma GCC unroll 8
+    for (int i = 0; i < count * kVectors; ++i) {
+      const int64_t row = i / kVectors, column = p * kPanel + i % kVectors * kLanes, word = column / kLanes % 4;
+      e[i] = probability(e[i]);
+      total[row] = add(total[row], e[i]);
       if (dropped) {
-        const int64_t i = column / kLanes % 4;
-        if (i == 0) dropout.words(outer, q, key + static_cast<uint32_t>(column), words);
-        e = keep_below(e, words[i], dropout.threshold);
+        if (word == 0)
+          dropout.words(outer, q + static_cast<uint32_t>(row), key + static_cast<uint32_t>(column), words[row]);
+        e[i] = keep_below(e[i], words[row][word], dropout.threshold);
       }
-      store(lines.at(r, column), e);
+      store(lines.at(static_cast<int>(r + row), column), e[i]);
     }
-  store(softmax.sums + r * kLanes, total);
+  }
+  for (int i = 0; i < count; ++i) {
+    float* sums = softmax.sums + (r + i) * kLanes;
+    store(sums, fma(load(sums), set(softmax.alpha[r + i]), total[i]));
+  }
 }
 
 }  // namespace albert::ALBERT_ISA

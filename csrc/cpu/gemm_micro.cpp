@@ -52,19 +52,19 @@ ALBERT_INLINE I load_sum(const I*, const void* p) { return load(static_cast<cons
 ALBERT_INLINE void store_sum(void* p, F x) { store(static_cast<float*>(p), x); }
 ALBERT_INLINE void store_sum(void* p, I x) { store(static_cast<int*>(p), x); }
 
+// sums = rows . columns
 template <class Dot, RowLayout layout, int rows>
-void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate, Soon soon) {
-  using Sum = typename Dot::Sum;
+ALBERT_INLINE void multiply(const void* row_units, const void* panel, long steps, Soon soon,
+                            typename Dot::Sum (&sums)[rows][kColumns]) {
   constexpr int unroll = 4;
   constexpr long row_stride = layout == RowLayout::lines ? kLine : 1;
   constexpr long step_stride = layout == RowLayout::lines ? 1 : rows;
   const int* a = static_cast<const int*>(row_units);
   const int* b = static_cast<const int*>(panel);
-  Sum sums[rows][kColumns];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = none(Sum());
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = none(typename Dot::Sum());
 
   for (; steps > 0; steps -= kLine) {
     for (int part = 0; part < kLine / unroll; ++part) {
@@ -90,7 +90,13 @@ void tile_kernel(const void* row_units, const void* panel, long steps, void* til
     }
     if (layout == RowLayout::lines) a += kLine * (rows - 1);
   }
+}
 
+template <class Dot, RowLayout layout, int rows>
+void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate, Soon soon) {
+  using Sum = typename Dot::Sum;
+  Sum sums[rows][kColumns];
+  multiply<Dot, layout, rows>(row_units, panel, steps, soon, sums);
   int* out = static_cast<int*>(tile);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -100,6 +106,35 @@ void tile_kernel(const void* row_units, const void* panel, long steps, void* til
       store_sum(p, accumulate ? add(load_sum(static_cast<const Sum*>(nullptr), p), sums[r][c]) : sums[r][c]);
     }
 }
+
+#ifdef __AVX512VNNI__
+template <int rows>
+void scores(const void* row_units, const void* panel, long steps, const float* scales, const float* offsets,
+            float* tile, float* largest) {
+  I sums[rows][kColumns];
+  multiply<DotU8S8, RowLayout::lines, rows>(row_units, panel, steps, {}, sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    F most = load(largest + r * kLanes);
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) {
+      asm volatile("" : "+v"(sums[r][c]));  // or GCC keeps all of them in memory
+      const F score = fma(to_float(sums[r][c]), load(scales + c * kLanes), load(offsets + c * kLanes));
+      store(tile + r * kPanel + c * kLanes, score);
+      most = max(most, score);
+    }
+    store(largest + r * kLanes, most);
+  }
+}
+
+template <int rows>
+ScoreKernel pick_scores(int wanted) {
+  if constexpr (rows == 0)
+    return nullptr;
+  else
+    return wanted == rows ? scores<rows> : pick_scores<rows - 1>(wanted);
+}
+#endif
 
 template <class Dot, RowLayout layout, int rows>
 MicroKernel pick(int wanted) {
@@ -129,5 +164,9 @@ MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows) {
 #endif
   return nullptr;
 }
+
+#if defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
+ScoreKernel score_kernel(int rows) { return pick_scores<kMaxRows>(rows); }
+#endif
 
 }  // namespace albert::ALBERT_ISA

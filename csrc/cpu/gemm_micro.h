@@ -27,6 +27,11 @@ struct Soon {
 // tile[row][kPanel] (float32, or int32 for integer units) = rows . columns, or += with accumulate.
 using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate, Soon soon);
 
+// Of u8s8x4 in lines: tile[row][kPanel] = (rows . columns) scales + offsets, both of the columns, and the larger of that
+// and what was there to largest[row][lane]. A product of few steps would wait for its sums to be written and read again.
+using ScoreKernel = void (*)(const void* rows, const void* panel, long steps, const float* scales,
+                             const float* offsets, float* tile, float* largest);
+
 // The kernel for so many rows; null where this instruction set has none for these units.
 namespace avx2 {
 constexpr int kPanel = 16, kMaxRows = 6;
@@ -39,6 +44,7 @@ constexpr int kPanel = 32, kMaxRows = 14;
 namespace avx512_vnni {
 constexpr int kPanel = 32, kMaxRows = 14;
 MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows);
+ScoreKernel score_kernel(int rows);
 }  // namespace avx512_vnni
 namespace avx512_bf16 {
 constexpr int kPanel = 32, kMaxRows = 14;

@@ -31,6 +31,10 @@
 
 namespace albert::ALBERT_ISA {
 
+// Asks for a line as its only owner. GCC's own prefetch for writing reads it, if it may not take this instruction for
+// granted, and the first write to a line that another core has read waits for that core.
+ALBERT_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p))); }
+
 using bf16 = uint16_t;  // the upper half of a float32
 
 #ifdef __AVX512F__
@@ -79,6 +83,12 @@ ALBERT_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 ALBERT_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 ALBERT_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 ALBERT_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
+ALBERT_INLINE I select_of_pair(const int* table, I index) {  // of 2 kLanes numbers; the lowest bits count
+  return _mm512_permutex2var_epi32(load(table), index, load(table + kLanes));
+}
+template <int count>
+ALBERT_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, count); }
+ALBERT_INLINE I exclusive_or(I a, I b) { return _mm512_xor_si512(a, b); }
 ALBERT_INLINE I madd16(I a, I b) { return _mm512_madd_epi16(a, b); }
 ALBERT_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 ALBERT_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // to nearest even
@@ -113,14 +123,20 @@ ALBERT_INLINE void store_pair(bf16* p, F a, F b) {
 ALBERT_INLINE void store_u8(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(x));
 }
+// Of four vectors that were packed to bytes within 128 bits.
+ALBERT_INLINE I in_order(I bytes) {
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, bytes);
+}
 // Four vectors, one after the other: below 0 becomes 0, beyond 255 255.
 ALBERT_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {
-  const I bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));  // within 128 bits
-  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+  _mm512_storeu_si512(p, in_order(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d))));
+}
+// Four vectors of numbers in [-128, 127], as bytes one after the other.
+ALBERT_INLINE I to_bytes(I a, I b, I c, I d) {
+  return in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
 }
 // The lowest bits of each lane.
-ALBERT_INLINE void store_low8(void* p, I x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 ALBERT_INLINE void store_low16(void* p, I x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }

@@ -25,11 +25,45 @@ ALBERT_INLINE F exp2(F t) {
   return scale(fma(f, q, set(1.0f)), n);
 }
 
-// The same to 3e-6 of itself.
-ALBERT_INLINE F exp2_short(F t) {
-  const F n = round(t), f = sub(t, n);
-  const F q = horner(f, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582853876054287f);
-  return scale(fma(f, q, set(1.0f)), n);
+#ifdef __AVX512F__
+// t, |t| <= 126, becomes what is left of it beside the nearest 32nd, to which `power` is 2: picked from registers, where
+// its bits lie less those that the 32nds add to the exponent. All vectors at each step, so that few instructions wait
+// for the one before.
+template <int n>
+ALBERT_INLINE void split_power(F (&t)[n], F (&power)[n]) {
+  alignas(64) static constexpr int bits_of[2 * kLanes] = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+      0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+      0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  const F magic = set(0x1.8p18f);  // added to a small number: its lowest bits are the nearest 32nd
+  I shifted[n];
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) shifted[i] = bits(add(t[i], magic));
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) t[i] = sub(t[i], sub(from_bits(shifted[i]), magic));
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) power[i] = from_bits(add(select_of_pair(bits_of, shifted[i]), shift_left<18>(shifted[i])));
+}
+// t becomes 2^t, |t| <= 126, with half the work of exp2.
+template <int n>
+ALBERT_INLINE void exp2_normal(F (&t)[n]) {
+  F power[n];
+  split_power(t, power);
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i)
+    t[i] = fma(mul(power[i], t[i]), horner(t[i], 0.693147182f, 0.240228191f, 0.0555031784f), power[i]);
+}
+#else
+template <int n>
+ALBERT_INLINE void exp2_normal(F (&t)[n]) {
+  for (F& each : t) each = exp2(each);
+}
+#endif
+ALBERT_INLINE F exp2_normal(F t) {
+  F all[1] = {t};
+  exp2_normal(all);
+  return all[0];
 }
 
 ALBERT_INLINE F exp(F x) {
@@ -102,6 +136,12 @@ ALBERT_INLINE F gelu_tanh_short(F x) {
   return sub(max(zero(), x), tail);
 }
 #else
+// 2^t to 3e-6 of itself.
+ALBERT_INLINE F exp2_short(F t) {
+  const F n = round(t), f = sub(t, n);
+  const F q = horner(f, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582853876054287f);
+  return scale(fma(f, q, set(1.0f)), n);
+}
 ALBERT_INLINE F gelu_tanh_short(F x) {
   const F u = mul(x, fma(mul(x, x), set(-0.102943240f), set(-2.30220819f)));
   return div(x, add(set(1.0f), exp2_short(clamp(u, -100.0f, 100.0f))));

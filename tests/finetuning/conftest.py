@@ -46,6 +46,6 @@ def model_directory(tmp_path_factory) -> Path:
         classifier_dropout_prob=0.0,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)  # else a test's weights depend on the tests before it, and its printed seed repeats nothing
+        torch.manual_seed(3)  # else a test's weights depend on the tests before it, whatever seed it prints
         AlbertForMaskedLM(config).save_pretrained(directory)
     return directory
