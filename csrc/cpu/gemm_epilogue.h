@@ -61,9 +61,12 @@ ALBERT_INLINE void for_each(float* tile, int rows, Function f) {
   }
 }
 
-inline void activate(int activation, float* tile, int rows) {
+// T: what will hold the result.
+template <class T>
+void activate(int activation, float* tile, int rows) {
   switch (activation) {
-    case ALBERT_GELU_TANH: return for_each(tile, rows, [](F x) { return gelu_tanh(x); });
+    case ALBERT_GELU_TANH:
+      return for_each(tile, rows, [](F x) { return sizeof(T) == sizeof(bf16) ? gelu_tanh_bf16(x) : gelu_tanh(x); });
     case ALBERT_GELU_ERF: return for_each(tile, rows, [](F x) { return gelu_erf(x); });
     case ALBERT_RELU: return for_each(tile, rows, [](F x) { return max(zero(), x); });
     case ALBERT_TANH: return for_each(tile, rows, [](F x) { return tanh(x); });
@@ -118,7 +121,7 @@ void finish_tile(const albert_gemm_args& args, float* tile, int rows, int column
     multiply_gradient(args.activation, tile, rows, at(args.activation_input, args.activation_input_stride),
                       args.activation_input_stride, columns);
   else
-    activate(args.activation, tile, rows);
+    activate<T>(args.activation, tile, rows);
   if (args.residual != nullptr)
     add_tile(tile, rows, at(args.residual, args.residual_stride), args.residual_stride, columns);
   store_tile(tile, rows, t, t_stride, columns);

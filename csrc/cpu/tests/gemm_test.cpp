@@ -96,6 +96,7 @@ bool limits() {
                         {"tanh", v::tanh, -1, 1},
                         {"erf", v::erf, -1, 1},
                         {"gelu_tanh", v::gelu_tanh, NAN, infinity},  // -infinity times 0, as in torch
+                        {"gelu_tanh_bf16", v::gelu_tanh_bf16, NAN, infinity},
                         {"gelu_erf", v::gelu_erf, 0, infinity},
                         {"gelu_tanh_gradient", v::gelu_tanh_gradient, 0, 1},
                         {"gelu_erf_gradient", v::gelu_erf_gradient, 0, 1}};
@@ -124,6 +125,8 @@ bool math() {
   good &= check("gelu_tanh", v::gelu_tanh, gelu_tanh, -10, -3, 1e3, 2e-7);
   good &= check("gelu_tanh_short", v::gelu_tanh_short, gelu_tanh, -1e20f, 1e20f, INFINITY, 1e-4);
   good &= check("gelu_tanh_short", v::gelu_tanh_short, gelu_tanh, -0.13f, 0.13f, 2e3, 1e-4);
+  good &= check("gelu_tanh_bf16", v::gelu_tanh_bf16, gelu_tanh, -1e30f, 1e30f, INFINITY, 6e-7);
+  good &= check("gelu_tanh_bf16", v::gelu_tanh_bf16, gelu_tanh, -5.4f, 1e30f, 2.2e4, 6e-7);
   good &= check("gelu_erf", v::gelu_erf, gelu_erf, -3, 1e30f, 10, 2e-7);
   good &= check("gelu_erf", v::gelu_erf, gelu_erf, -12, -3, 1e3, 2e-7);
   good &= check("gelu_tanh_gradient", v::gelu_tanh_gradient, gelu_tanh_gradient, -100, 100, 1e30, 4e-7);
