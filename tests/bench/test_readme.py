@@ -54,7 +54,6 @@ NOT_MEASURED = {
         "batches of 4096 rows of 512",
         "[10 tokens, hidden]",
         "the floor at 16 tokens",
-        "hour 16 tokens took times",
         "the speed at 512",
         "4 passes of a layer of 256, 4.9 million weights",
         "4 passes of base's layer",
