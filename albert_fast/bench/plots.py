@@ -367,8 +367,9 @@ def _roofline(title: str, works: Sequence[Work], peers: Mapping[str, Look]) -> P
                 axes.plot(work.gflop, rate, color=look.color, marker=look.marker, markersize=6, alpha=0.85, zorder=3)
                 said.append(f"{row.peer} {rate:.0f} at {work.mode} {_name(work)}")
     axes.set(xscale="log", xlabel="GFLOP of the work", ylabel="GFLOP/s")
-    _ticks(axes, _round_places(*axes.get_xlim()))
     _log_y(axes)
+    figure.draw_without_rendering()  # lays it out: before, the axis is wider than y's labels will leave it
+    _ticks(axes, _round_places(*axes.get_xlim()))
     axes.grid(color=_LINE, linewidth=0.6)
     text = f"GFLOP/s reached, of {max(roof):.0f} that matrix products reach. {'; '.join(said)}"
     return Picture(_svg(figure, text), title)
