@@ -112,7 +112,9 @@ _CLUSTERS, _ALONE = 0, 1
 def _shape(
     dtype: torch.dtype, parameter_dtype: torch.dtype, hidden: int, inner: int, heads: int, cluster: int
 ) -> native_cuda.Shape:
-    return native_cuda.Shape(hidden, inner, heads, _DTYPES[dtype], _DTYPES[parameter_dtype], cluster)
+    # How blocks wait for each other with up to 16 tokens: see csrc/cuda/resident_block.h. Not yet timed on a GPU.
+    words = os.environ.get("ALBERT_FAST_WORDS") == "1"
+    return native_cuda.Shape(hidden, inner, heads, _DTYPES[dtype], _DTYPES[parameter_dtype], cluster, words)
 
 
 def _plan_error(library: ctypes.CDLL, device: torch.device, shape: native_cuda.Shape) -> int:
@@ -162,7 +164,7 @@ def encoder_inference(
     kind = (hidden.dtype, parameter_dtype, width, tensors[10].shape[0], options.num_heads)
     shape = _shape_for(library, hidden.device, tokens, kind)
     workspace = torch.empty(
-        library.albert_resident_workspace_bytes(shape, tokens), dtype=torch.uint8, device=hidden.device
+        library.albert_resident_workspace_bytes(shape, tokens, passes), dtype=torch.uint8, device=hidden.device
     )
     if options.return_all:
         states = hidden.new_empty(passes + 1, tokens, width)

@@ -178,13 +178,15 @@ def build_command(architectures: Sequence[str], force: bool) -> int:
 class Shape(ctypes.Structure):
     """albert_resident_shape."""
 
-    _fields_ = tuple((name, c_int) for name in ("hidden", "inner", "heads", "dtype", "parameter_dtype", "cluster"))
+    _fields_ = tuple(
+        (name, c_int) for name in ("hidden", "inner", "heads", "dtype", "parameter_dtype", "cluster", "words")
+    )
 
 
 class ResidentPlan(ctypes.Structure):
     """albert_resident_plan."""
 
-    _fields_ = tuple((name, c_int) for name in ("blocks", "cluster", "shared_bytes"))
+    _fields_ = tuple((name, c_int) for name in ("blocks", "cluster", "shared_bytes", "words"))
 
 
 class Arguments(ctypes.Structure):
@@ -211,7 +213,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     shape = ctypes.POINTER(Shape)
     signatures = {
         "albert_resident_plan_of": (c_int, [shape, ctypes.POINTER(ResidentPlan)]),
-        "albert_resident_workspace_bytes": (c_size_t, [shape, c_int]),
+        "albert_resident_workspace_bytes": (c_size_t, [shape, c_int, c_int]),
         "albert_resident_encoder": (c_int, [ctypes.POINTER(Arguments), c_void_p]),
         "albert_cuda_error": (c_char_p, [c_int]),
     }

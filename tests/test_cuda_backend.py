@@ -31,13 +31,17 @@ def on_cpu_without_gpu(monkeypatch, device):
     monkeypatch.setattr(cuda_backend, "_reasons", {})
     monkeypatch.setattr(cuda_backend, "_fit_alone", {})
     monkeypatch.setenv("ALBERT_FAST_CLUSTER", "0")
+    monkeypatch.setenv("ALBERT_FAST_WORDS", "0")
     if device.type == "cpu":
         monkeypatch.setenv("ALBERT_FAST_CUDA_ON_CPU", "1")
 
 
-def machine(device, multiprocessors: int, clusters: bool, shared_bytes: int = SHARED_BYTES) -> None:
+def machine(
+    device, multiprocessors: int, clusters: bool, shared_bytes: int = SHARED_BYTES, *, words: bool = False
+) -> None:
     """What the CPU is to be; a GPU stays what it is, with clusters used or not."""
     os.environ["ALBERT_FAST_CLUSTER"] = "0" if clusters else "1"  # until the fixture undoes it
+    os.environ["ALBERT_FAST_WORDS"] = str(int(words))
     if device.type == "cpu":
         native_cuda.load().albert_host_machine(multiprocessors, shared_bytes, clusters, random.getrandbits(31))
 
@@ -115,6 +119,77 @@ def test_parity_of_all_counts_of_tiles(tiles, compiled, clusters, device, monkey
     if device.type == "cpu":
         instance = 0 if not compiled else 1 if clusters else 3 if tiles == 1 else 2
         assert native_cuda.load().albert_host_instance() == instance
+
+
+# What the instance that waits for words in place of barriers has, up to 16 tokens.
+SIZES_OF_WORDS = {"cpu": (128, 288, 4), "cuda": (768, 3072, 12)}
+
+
+def case_of_words(device, lengths: list[int], **options) -> Case:
+    """With a machine for it."""
+    machine(device, random.randrange(16, 20), False, words=True)
+    hidden, inner, heads = SIZES_OF_WORDS[device.type]
+    return Case(lengths, hidden, inner, num_heads=heads, device=device, **{"dtype": torch.bfloat16, **options})
+
+
+def assert_served_by_words(device, served: bool = True) -> None:
+    if device.type == "cpu":
+        assert (native_cuda.load().albert_host_instance() == 4) == served
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([16], {"num_layers": 3, "return_all": True}),
+        ([1], {"num_layers": 1, "dtype": torch.float16}),
+        ([3, 0, 1, 5], {"dtype": torch.float16, "return_all": True}),
+        ([2, 4], {"activation": "relu", "beyond": 3}),
+        ([9], {"activation": "gelu", "num_layers": 4}),
+    ],
+)
+def test_parity_by_words(lengths, options, device, monkeypatch):
+    case = case_of_words(device, lengths, **options)
+    output = served(case, monkeypatch)
+    assert_served_by_words(device)
+    check(case, output)
+    os.environ["ALBERT_FAST_WORDS"] = "0"
+    check(case, served(case, monkeypatch))
+    assert_served_by_words(device, served=False)
+
+
+def test_words_of_ones_are_told(device, monkeypatch):
+    """Memory that nobody has written yet reads as NaN; so may what a block computed, and what comes from outside."""
+    case = case_of_words(device, [4, 3, 2], num_layers=2)
+    ones = torch.tensor(-1, dtype=torch.int16, device=device).view(torch.bfloat16)
+    case.tensors["hidden"][4:6] = ones
+    output = served(case, monkeypatch)
+    assert_served_by_words(device)
+    assert output[4:7].isnan().all()
+    assert output[:4].isfinite().all()
+    assert output[7:].isfinite().all()
+    for name in ("0.ffn.bias", "0.key.bias", "0.ffn_output.bias", "0.attention_norm.bias"):
+        before, case.tensors[name] = case.tensors[name], torch.full_like(case.tensors[name], ones.item())
+        case.tensors[name].copy_(ones)
+        assert served(case, monkeypatch)[:4].isnan().all()
+        case.tensors[name] = before
+
+
+@pytest.mark.parametrize("reason", ["17 tokens", "other sizes", "no room", "few multiprocessors"])
+def test_where_nothing_waits_for_words(reason, device, monkeypatch):
+    if device.type == "cuda":
+        pytest.skip("asks what the CPU plays")
+    case = case_of_words(device, [17 if reason == "17 tokens" else 5], num_layers=1)
+    if reason == "other sizes":
+        case = Case([5], 128, 320, num_heads=4, num_layers=1, dtype=torch.bfloat16, device=device)
+    elif reason == "no room":
+        machine(device, 16, False)
+        plan, shape = native_cuda.ResidentPlan(), native_cuda.Shape(128, 288, 4, 0, 0, 1, 0)
+        assert native_cuda.load().albert_resident_plan_of(shape, plan) == 0
+        machine(device, 16, False, plan.shared_bytes, words=True)
+    elif reason == "few multiprocessors":
+        machine(device, 15, False, words=True)
+    check(case, served(case, monkeypatch))
+    assert_served_by_words(device, served=False)
 
 
 def test_rows_of_one_value(device, monkeypatch):
@@ -208,15 +283,20 @@ def test_graphs_of_many_tokens_are_for_others(device):
     assert cuda_backend.declines(call) is None
 
 
-@parametrize_clusters
-@pytest.mark.parametrize("tokens", [16, 17])  # one tile without clusters has another way
-def test_same_bits_each_time(tokens, clusters, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "clusters", "words"), [(16, False, False), (17, False, False), (16, True, False), (16, False, True)]
+)
+def test_same_bits_each_time(tokens, clusters, words, device, monkeypatch):
     """Whatever order the threads take: 100 times on the CPU, 10,000 on a GPU."""
-    machine(device, 8 if clusters else 3, clusters)
-    hidden, inner, heads = COMPILED_SIZES[device.type]
     lengths = [3, tokens - 3]
-    case = Case(lengths, hidden, inner, num_heads=heads, num_layers=1, dtype=torch.float16, device=device)
+    if words:
+        case = case_of_words(device, lengths, num_layers=2, dtype=torch.float16)
+    else:
+        machine(device, 8 if clusters else 3, clusters)
+        hidden, inner, heads = COMPILED_SIZES[device.type]
+        case = Case(lengths, hidden, inner, num_heads=heads, num_layers=1, dtype=torch.float16, device=device)
     first = served(case, monkeypatch)
+    assert_served_by_words(device, served=words)
     for _ in range(10_000 if device.type == "cuda" else 10 if clusters else 100):
         assert torch.equal(served(case, monkeypatch), first)
 

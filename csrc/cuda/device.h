@@ -24,7 +24,7 @@ struct alignas(8) Two {
   float value[2];
 };
 
-constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kWarp = 32;
 
 }  // namespace albert
 
@@ -38,7 +38,7 @@ namespace albert {
 
 #define ALBERT_DEVICE __device__ __forceinline__
 #define ALBERT_BOTH __host__ __device__ __forceinline__
-#define ALBERT_KERNEL __global__ __launch_bounds__(albert::kThreads, 1)
+#define ALBERT_KERNEL(threads) __global__ __launch_bounds__(threads, 1)
 #define ALBERT_ARGUMENT const __grid_constant__
 
 ALBERT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -58,6 +58,14 @@ ALBERT_DEVICE char* shared_memory() {
 
 ALBERT_DEVICE void sync_block() { __syncthreads(); }
 ALBERT_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+ALBERT_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x) != 0; }
+// The pairs of the lane's four, one after the other.
+ALBERT_DEVICE Eight gather_quad(uint32_t pair) {
+  Eight x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x.pair[i] = __shfl_sync(0xffffffffu, pair, i, 4);
+  return x;
+}
 ALBERT_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 // Of 8 x 8 elements of 16 bits lane 4 g + t has row g, columns 2 t and 2 t + 1; then column g, rows 2 t and 2 t + 1.
 ALBERT_DEVICE uint32_t transpose(uint32_t pair) {
@@ -140,6 +148,39 @@ ALBERT_DEVICE uint32_t load_pair_shared_by_blocks(const void* p) {
   return x;
 }
 ALBERT_DEVICE void store_two(void* p, float a, float b) { *static_cast<float2*>(p) = make_float2(a, b); }
+// The same of words of 16 or 8 bytes, which others see whole or not yet, in whatever order: from CUDA 12.3 on, and where
+// there are clusters, for smaller devices have no room.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
+constexpr bool kHasWords = kHasClusters;
+#define ALBERT_WORD(code) "{.reg .b128 x; .reg .b64 low, high;" code "}"
+#else
+constexpr bool kHasWords = false;
+#define ALBERT_WORD(code) ""
+#endif
+ALBERT_DEVICE Eight load_eight_whole(const void* p) {
+  Eight x;
+  asm volatile(ALBERT_WORD("ld.relaxed.gpu.global.b128 x, [%4]; mov.b128 {low, high}, x;"
+                           "mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high;")
+               : "=r"(x.pair[0]), "=r"(x.pair[1]), "=r"(x.pair[2]), "=r"(x.pair[3])
+               : "l"(p)
+               : "memory");
+  return x;
+}
+ALBERT_DEVICE void store_eight_whole(void* p, const Eight& x) {
+  asm volatile(ALBERT_WORD("mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4}; mov.b128 x, {low, high};"
+                           "st.relaxed.gpu.global.b128 [%0], x;") ::"l"(p),
+               "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3])
+               : "memory");
+}
+ALBERT_DEVICE Two load_two_whole(const void* p) {
+  uint64_t x;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return {{__uint_as_float(static_cast<uint32_t>(x)), __uint_as_float(static_cast<uint32_t>(x >> 32))}};
+}
+ALBERT_DEVICE void store_two_whole(void* p, const Two& x) {
+  const uint64_t bits = __float_as_uint(x.value[0]) | static_cast<uint64_t>(__float_as_uint(x.value[1])) << 32;
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(bits) : "memory");
+}
 // What no block writes.
 ALBERT_DEVICE Eight load_constant(const void* p) {
   const uint4 x = __ldg(static_cast<const uint4*>(p));
@@ -164,6 +205,7 @@ ALBERT_DEVICE void copy_async(void* to_shared, const void* from) {
 ALBERT_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 ALBERT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+ALBERT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 // Within two units of the last place.
 ALBERT_DEVICE float exp2_fast(float x) {
   float y;

@@ -18,7 +18,7 @@
 
 #define ALBERT_DEVICE inline
 #define ALBERT_BOTH inline
-#define ALBERT_KERNEL inline
+#define ALBERT_KERNEL(threads) inline
 #define ALBERT_ARGUMENT const
 
 namespace albert {
@@ -46,7 +46,7 @@ struct Warp {
 };
 
 struct Machine {
-  int blocks = 0, cluster = 1;
+  int blocks = 0, cluster = 1, threads = 0;  // threads: of a block
   size_t shared_bytes = 0;
   std::vector<char> shared;
   std::vector<Fibre> fibres;
@@ -58,6 +58,7 @@ struct Machine {
   std::function<void()> body;
   std::mt19937 random;
   unsigned steps = 0;
+  size_t waits = 0;  // since a block last told another one something
   std::string error;
 };
 
@@ -107,15 +108,15 @@ inline void prepare(Machine& m) {
   m.shared.assign(static_cast<size_t>(m.blocks) * (m.shared_bytes + 128) + 256, static_cast<char>(0xff));
   m.of_block.resize(static_cast<size_t>(m.blocks));
   m.of_cluster.resize(static_cast<size_t>(m.blocks / m.cluster));
-  m.warps.resize(static_cast<size_t>(m.blocks) * kWarps);
-  for (Barrier& barrier : m.of_block) barrier.count = kThreads;
-  for (Barrier& barrier : m.of_cluster) barrier.count = kThreads * m.cluster;
+  m.warps.resize(static_cast<size_t>(m.blocks * m.threads / kWarp));
+  for (Barrier& barrier : m.of_block) barrier.count = m.threads;
+  for (Barrier& barrier : m.of_cluster) barrier.count = m.threads * m.cluster;
   for (Warp& warp : m.warps) warp.barrier.count = kWarp;
-  m.fibres.resize(static_cast<size_t>(m.blocks) * kThreads);
+  m.fibres.resize(static_cast<size_t>(m.blocks * m.threads));
   for (size_t i = 0; i < m.fibres.size(); ++i) {
     Fibre& fibre = m.fibres[i];
-    fibre.block = static_cast<int>(i) / kThreads;
-    fibre.thread = static_cast<int>(i) % kThreads;
+    fibre.block = static_cast<int>(i) / m.threads;
+    fibre.thread = static_cast<int>(i) % m.threads;
     fibre.stack.reset(new char[stack_bytes]);
     getcontext(&fibre.start);
     fibre.start.uc_stack.ss_sp = fibre.stack.get();
@@ -127,7 +128,7 @@ inline void prepare(Machine& m) {
 }
 
 inline Warp& warp_of(Machine& m, const Fibre& fibre) {
-  return m.warps[static_cast<size_t>(fibre.block * kWarps + fibre.thread / kWarp)];
+  return m.warps[static_cast<size_t>((fibre.block * m.threads + fibre.thread) / kWarp)];
 }
 
 inline Fibre* draw(Machine& m) {
@@ -157,10 +158,11 @@ inline void schedule(Machine& m) {
   }
 }
 
-// Runs `body` as `blocks` blocks in clusters of `cluster`, with so much shared memory each.
-inline void run(int blocks, int cluster, size_t shared_bytes, unsigned seed, std::function<void()> body) {
+// Runs `body` as `blocks` blocks of so many threads, in clusters of `cluster`, with so much shared memory each.
+inline void run(int blocks, int threads, int cluster, size_t shared_bytes, unsigned seed, std::function<void()> body) {
   Machine m{};
   m.blocks = blocks;
+  m.threads = threads;
   m.cluster = cluster;
   m.shared_bytes = (shared_bytes + 127) / 128 * 128;
   m.body = std::move(body);
@@ -174,7 +176,12 @@ inline void run(int blocks, int cluster, size_t shared_bytes, unsigned seed, std
     if (!fibre.done) throw std::runtime_error("a thread waits at a barrier that the others never reach");
 }
 
-inline void pause() { yield(machine()->late); }  // nothing changes before the others have gone on
+inline void pause() {  // nothing changes before the others have gone on
+  Machine& m = *machine();
+  if (++m.waits > 4000 * m.fibres.size()) fail("threads wait for what no other tells them");
+  yield(m.late);
+}
+inline void tell() { machine()->waits = 0; }
 inline Warp& warp() { return warp_of(*machine(), self()); }
 
 }  // namespace host
@@ -200,6 +207,25 @@ inline float shuffle_xor(float x, int mask) {
   const float other = warp.shuffled[lane ^ mask];
   host::arrive(warp.barrier);
   return other;
+}
+inline bool any_in_warp(bool x) {
+  host::Warp& warp = host::warp();
+  warp.shuffled[host::self().thread % kWarp] = x ? 1.0f : 0.0f;
+  host::arrive(warp.barrier);
+  bool any = false;
+  for (const float one : warp.shuffled) any |= one != 0.0f;
+  host::arrive(warp.barrier);
+  return any;
+}
+inline Eight gather_quad(uint32_t pair) {
+  host::Warp& warp = host::warp();
+  const int lane = host::self().thread % kWarp;
+  warp.b[lane][0] = pair;
+  host::arrive(warp.barrier);
+  Eight x;
+  for (int i = 0; i < 4; ++i) x.pair[i] = warp.b[lane / 4 * 4 + i][0];
+  host::arrive(warp.barrier);
+  return x;
 }
 inline float shuffle_from(float x, int lane) {
   host::Warp& warp = host::warp();
@@ -247,6 +273,7 @@ inline void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
   auto* count = reinterpret_cast<Arrivals*>(other + (reinterpret_cast<char*>(arrivals) - host::shared_of(own)));
   count->missing -= static_cast<int32_t>(sizeof x);
   end_phase(count);
+  host::tell();
 }
 
 inline Eight load_shared_by_blocks(const void* p) {
@@ -273,7 +300,22 @@ inline void store_two(void* p, float a, float b) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a store of 8 bytes is not aligned");
   std::memcpy(p, &x, sizeof x);
 }
-inline void add_release(uint32_t* p, uint32_t x) { *p += x; }
+constexpr bool kHasWords = true;
+inline Eight load_eight_whole(const void* p) { return load_shared_by_blocks(p); }
+inline Two load_two_whole(const void* p) { return load_two_shared_by_blocks(p); }
+inline void store_eight_whole(void* p, const Eight& x) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a store of 16 bytes is not aligned");
+  std::memcpy(p, &x, sizeof x);
+  host::tell();
+}
+inline void store_two_whole(void* p, const Two& x) {
+  store_two(p, x.value[0], x.value[1]);
+  host::tell();
+}
+inline void add_release(uint32_t* p, uint32_t x) {
+  *p += x;
+  host::tell();
+}
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
 inline void pause() { host::pause(); }
 inline void copy_async(void* to_shared, const void* from) {
@@ -287,6 +329,11 @@ inline float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float inverse(float x) { return 1.0f / x; }

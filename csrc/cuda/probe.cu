@@ -10,9 +10,10 @@
 namespace albert {
 namespace {
 
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kLoadBytes = 96 << 10;  // that a block loads at a time: all blocks' share stays in L2
 
-ALBERT_KERNEL void repeat_grid_barrier(uint32_t* arrivals, int repeats) {
+ALBERT_KERNEL(kThreads) void repeat_grid_barrier(uint32_t* arrivals, int repeats) {
   for (uint32_t i = 1; i <= static_cast<uint32_t>(repeats); ++i) {
     sync_block();
     if (thread_index() == 0) {
@@ -23,11 +24,11 @@ ALBERT_KERNEL void repeat_grid_barrier(uint32_t* arrivals, int repeats) {
   }
 }
 
-ALBERT_KERNEL void repeat_cluster_barrier(int repeats) {
+ALBERT_KERNEL(kThreads) void repeat_cluster_barrier(int repeats) {
   for (int i = 0; i < repeats; ++i) sync_cluster();
 }
 
-ALBERT_KERNEL void repeat_shared_load(const char* from, int repeats) {
+ALBERT_KERNEL(kThreads) void repeat_shared_load(const char* from, int repeats) {
   for (int r = 0; r < repeats; ++r) {
     for (int i = thread_index() * 16; i < kLoadBytes; i += kThreads * 16) copy_async(shared_memory() + i, from + i);
     wait_copies();
@@ -35,7 +36,7 @@ ALBERT_KERNEL void repeat_shared_load(const char* from, int repeats) {
   }
 }
 
-ALBERT_KERNEL void repeat_register_load(const char* from, int repeats, uint32_t* to) {
+ALBERT_KERNEL(kThreads) void repeat_register_load(const char* from, int repeats, uint32_t* to) {
   uint32_t sum = 0;
   for (int r = 0; r < repeats; ++r) {
 #pragma unroll 8
@@ -47,7 +48,7 @@ ALBERT_KERNEL void repeat_register_load(const char* from, int repeats, uint32_t*
   if (sum == 0x12345678u) *to = sum;  // nearly never: the loads must not be dropped
 }
 
-ALBERT_KERNEL void repeat_multiply(int repeats, float* to) {
+ALBERT_KERNEL(kThreads) void repeat_multiply(int repeats, float* to) {
   Four sums[8] = {};
   const uint32_t a[4] = {static_cast<uint32_t>(thread_index()), 1, 2, 3};
   for (int r = 0; r < repeats; ++r)
@@ -58,7 +59,7 @@ ALBERT_KERNEL void repeat_multiply(int repeats, float* to) {
   if (total == 1.2345e30f) *to = total;
 }
 
-ALBERT_KERNEL void nothing() {}
+ALBERT_KERNEL(kThreads) void nothing() {}
 
 struct Probe {
   cudaStream_t stream = nullptr;

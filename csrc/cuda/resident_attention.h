@@ -9,6 +9,7 @@ namespace albert {
 template <class T, class S>
 struct Attention {
   static constexpr int kSteps = kMostTokens / kTile;       // keys of a matrix instruction
+  static constexpr int kWarps = S::kWarps;
   static constexpr int kKeys = kMostTokens / (kWarps * kUnit);  // units of keys of a warp
 
   Block<T, S>& block;
@@ -194,17 +195,24 @@ struct HeadOfTile {
 
   ALBERT_DEVICE void load(const Block<T, S>& block, int head) {
     const int hidden = block.layout().hidden;
-    const T* from = block.args.qkv + block.row * 3 * hidden + head * block.layout().head_dim() + block.quad * 8;
+    const T* from = block.now(block.args.qkv) + head * block.layout().head_dim() + block.quad * 8;
+    // Beyond the tokens there is room for whole tiles; but no words come.
+    const auto row_of = [&](int half) { return S::kWords ? block.real_row(block.row + half * 8) : block.row + half * 8; };
+    const auto each = [&](auto use) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T* at = from + half * 8 * 3 * hidden + chunk * kChunk;
-        query[chunk][half] = load_shared_by_blocks(at);
-        key[chunk][half] = load_shared_by_blocks(at + hidden);
-        value[chunk][half] = load_shared_by_blocks(at + 2 * hidden);
-      }
-    }
+        for (int half = 0; half < 2; ++half) {
+          const T* at = from + row_of(half) * 3 * hidden + chunk * kChunk;
+          use(query[chunk][half], at);
+          use(key[chunk][half], at + hidden);
+          use(value[chunk][half], at + 2 * hidden);
+        }
+    };
+    if constexpr (S::kWords)
+      take_words(each, true);
+    else
+      each([](Eight& to, const T* at) { to = load_shared_by_blocks(at); });
   }
 
   ALBERT_DEVICE void attend(const Block<T, S>& block) {

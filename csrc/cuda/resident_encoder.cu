@@ -16,6 +16,8 @@ namespace albert {
 
 template <class T, class S>
 struct Encoder {
+  static constexpr int kWarps = S::kWarps, kThreads = S::kThreads;
+
   const Arguments<T>& args;
   Block<T, S> block;
 
@@ -75,20 +77,25 @@ struct Encoder {
     }
   }
 
-  // Of the block's own columns the biases, and weight and bias of the residuals' LayerNorms.
+  // Of the block's own columns the biases, and weight and bias of the residuals' LayerNorms: a vector a warp, so that they
+  // are on their way at the same time.
   ALBERT_DEVICE void load_vectors() {
 #pragma unroll
-    for (int matrix = 0; matrix < kMatrices; ++matrix)
-      for (int i = block.thread; i < layout().units[matrix] * kUnit; i += kThreads) {
-        int column = layout().column(matrix, block.index, i / kUnit);
-        if (column < 0) continue;
-        column += i % kUnit;
-        const int norm = matrix == kDense ? kNorm : kAttentionNorm;  // of the residual
-        if (layout().outputs(matrix) == layout().hidden)
-          for (int which = 0; which < 2; ++which) block.vector(matrix, 1 + which)[i] = parameter(norm + which, column);
-        const int weight = weight_of(matrix, column);
-        block.vector(matrix, 0)[i] = parameter(weight + 1, column);
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      const bool has_norm = matrix == kDense || matrix == kFfnOutput;
+#pragma unroll
+      for (int which = 0; which < (has_norm ? 3 : 1); ++which) {
+        if (block.warp != (matrix + which * kMatrices) % kWarps) continue;
+        for (int i = block.lane; i < layout().units[matrix] * kUnit; i += kWarp) {
+          int column = layout().column(matrix, block.index, i / kUnit);
+          if (column < 0) continue;
+          column += i % kUnit;
+          int parameters = (matrix == kDense ? kNorm : kAttentionNorm) + which - 1;  // of the residual
+          if (which == 0) parameters = weight_of(matrix, column) + 1;
+          block.vector(matrix, which)[i] = parameter(parameters, column);
+        }
       }
+    }
   }
 
   // Of a matrix after a LayerNorm W', u and c (see above), in place; who calls has no sums in shared memory.
@@ -149,12 +156,14 @@ struct Encoder {
       const int x = args.cu_seqlens[i];
       return x < 0 ? 0 : x > args.tokens ? args.tokens : x;
     };
-    for (int r = block.thread; r < kMostTokens; r += kThreads) {
+    // By the last warp first, which has no vector to load.
+    for (int r = kThreads - 1 - block.thread; r < (S::kOneTile ? kTile : kMostTokens); r += kThreads) {
       Sequence s{0, 0};
       for (int i = 0; i < args.batch && r < args.tokens; ++i)
         if (offset(i) <= r && r < offset(i + 1)) s = {static_cast<uint8_t>(offset(i)), static_cast<uint8_t>(offset(i + 1))};
       block.sequences()[r] = s;
     }
+    if (S::kOneTile) return;  // whose keys are all the tokens
     sync_block();
     for (int tile = block.thread; tile < kMostTiles; tile += kThreads) {
       int begin = kMostTokens, end = 0;
@@ -172,7 +181,7 @@ struct Encoder {
   // The second LayerNorm for who called: a row a warp.
   ALBERT_DEVICE void write_output(T* output) const {
     for (int r = block.index * kWarps + block.warp; r < args.tokens; r += block_count() * kWarps) {
-      const Norm s = block.norm_of(r, block.lane, kWarp);
+      const Norm s = block.norm_of(block.statistics(kQkv, r), block.lane, kWarp);
       for (int column = 2 * block.lane; column < layout().hidden; column += 2 * kWarp) {
         const uint32_t x = load_pair_shared_by_blocks(args.summed + r * layout().hidden + column);
         const auto one = [&](float value, int i) {
@@ -197,14 +206,20 @@ struct Encoder {
     for (int pass = 0;; ++pass) {
       const bool first = pass == 0;
       block.begin();
-      Product<T, S, kQkv> qkv(block, first ? args.hidden : args.summed, first);
+      block.pass = pass;
+      if constexpr (S::kWords)
+        if (pass == args.passes) return Product<T, S, kDense>(block, nullptr, false).write_last();
+      Product<T, S, kQkv> qkv(block, first ? args.hidden : block.before(args.summed), first);
       if (first) {
         qkv.prepare(0);
       } else {
         block.sync_grid([&] { qkv.prepare(0); });
-        if (args.return_all || pass == args.passes)
-          write_output(args.output + (args.return_all ? static_cast<long>(pass - 1) * args.tokens * layout().hidden : 0));
-        if (pass == args.passes) return;
+        if constexpr (!S::kWords) {
+          if (args.return_all || pass == args.passes)
+            write_output(args.output +
+                         (args.return_all ? static_cast<long>(pass - 1) * args.tokens * layout().hidden : 0));
+          if (pass == args.passes) return;
+        }
       }
       block.mark();
       qkv.run();
@@ -224,8 +239,8 @@ struct Encoder {
         block.mark();
       }
       run<kDense>(args.context, first);
-      run<kFfn>(args.attended, first);
-      run<kFfnOutput>(args.inner, first);
+      run<kFfn>(block.now(args.attended), first);
+      run<kFfnOutput>(block.now(args.inner), first);
     }
   }
 
@@ -241,8 +256,8 @@ struct Encoder {
 };
 
 template <class T, class S>
-ALBERT_KERNEL void resident_encoder(ALBERT_ARGUMENT Arguments<T> args) {
-  if constexpr (kHasClusters || !S::kInClusters) Encoder<T, S>(args).run();
+ALBERT_KERNEL(S::kThreads) void resident_encoder(ALBERT_ARGUMENT Arguments<T> args) {
+  if constexpr ((kHasClusters || !S::kInClusters) && (kHasWords || !S::kWords)) Encoder<T, S>(args).run();
 }
 
 }  // namespace albert

@@ -29,14 +29,15 @@ inline int find_device(Device& d) {
   return error;
 }
 
-inline cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+template <class S>
+cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks are there at once, or the launch fails
   attributes[0].val.cooperative = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
   cudaLaunchConfig_t c{};
   c.gridDim = dim3(static_cast<unsigned>(l.blocks));
-  c.blockDim = dim3(kThreads);
+  c.blockDim = dim3(S::kThreads);
   c.dynamicSmemBytes = static_cast<size_t>(l.shared_bytes);
   c.stream = stream;
   c.attrs = attributes;
@@ -48,7 +49,7 @@ inline cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&a
 template <class T, class S>
 int count_clusters(const Layout& l, int& clusters) {
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(l, attributes, nullptr);
+  const cudaLaunchConfig_t c = configuration<S>(l, attributes, nullptr);
   return cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, S>, &c);
 }
 
@@ -60,10 +61,11 @@ int allow_shared(const Device& d) {
 template <class T, class S>
 int start(const Arguments<T>& args, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  cudaError_t error = cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
+  cudaError_t error = S::kWords ? cudaMemsetAsync(args.qkv, 0xff, args.passes * args.pass_bytes, stream)
+                                : cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(args.layout, attributes, stream);
+  const cudaLaunchConfig_t c = configuration<S>(args.layout, attributes, stream);
   return cudaLaunchKernelEx(&c, resident_encoder<T, S>, args);
 }
 #else
@@ -100,10 +102,11 @@ int allow_shared(const Device&) {
 template <class T, class S>
 int start(const Arguments<T>& args, void*) {
   *args.arrivals = 0;
+  if (S::kWords) std::memset(args.qkv, 0xff, args.passes * args.pass_bytes);
   host_instance() = args.layout.instance;
   try {
-    host::run(args.layout.blocks, args.layout.cluster, static_cast<size_t>(args.layout.shared_bytes), host_seed()++,
-              [&] { resident_encoder<T, S>(args); });
+    host::run(args.layout.blocks, S::kThreads, args.layout.cluster, static_cast<size_t>(args.layout.shared_bytes),
+              host_seed()++, [&] { resident_encoder<T, S>(args); });
   } catch (const std::exception& error) {
     host_error() = error.what();
     return ALBERT_CUDA_KERNEL;
@@ -119,6 +122,7 @@ int with_sizes(const Layout& l, Use use) {
     case 1: return use(InClusters{});
     case 2: return use(Alone{});
     case 3: return use(OneTile{});
+    case 4: return use(Words{});
     default: return use(AnySizes{});
   }
 }
@@ -161,13 +165,24 @@ int find_layout(const albert_resident_shape& shape, const Device& device, Layout
   return ALBERT_CUDA_DOES_NOT_FIT;
 }
 
-// The same, found once for each device and shape: the questions take longer than a launch.
+// Whether up to 16 tokens are served by the instance that waits for words.
 template <class T>
-int layout_of(const albert_resident_shape& shape, Layout& layout) {
+int find_words(const albert_resident_shape& shape, const Device& device, bool& words) {
+  Layout l{};
+  const bool alone = shape.cluster <= 1 && device.multiprocessors >= Words::kLeastBlocks;
+  words = kHasWords && shape.words != 0 && alone && is_made_for<Words>(shape, Words::kLeastBlocks, 1, l) &&
+          l.shared_bytes <= device.shared_bytes;
+  return words ? allow_shared<T, Words>(device) : 0;
+}
+
+// Both, found once for each device and shape: the questions take longer than a launch.
+template <class T>
+int layout_of(const albert_resident_shape& shape, Layout& layout, bool& words) {
   struct Known {
     Device device;
     albert_resident_shape shape;
     Layout layout;
+    bool words;
   };
   static std::mutex mutex;
   static std::vector<Known> known;
@@ -177,10 +192,12 @@ int layout_of(const albert_resident_shape& shape, Layout& layout) {
   for (const Known& k : known)
     if (std::memcmp(&k.device, &device, sizeof device) == 0 && std::memcmp(&k.shape, &shape, sizeof shape) == 0) {
       layout = k.layout;
+      words = k.words;
       return 0;
     }
   if (const int error = find_layout<T>(shape, device, layout)) return error;
-  known.push_back({device, shape, layout});
+  if (const int error = find_words<T>(shape, device, words)) return error;
+  known.push_back({device, shape, layout, words});
   return 0;
 }
 
@@ -199,7 +216,8 @@ int with_dtype(const albert_resident_shape& s, Use use) {
 
 // The workspace's parts, 128 bytes apart at least; returns its size. base may be null.
 template <class T>
-size_t lay_out(Arguments<T>& a, int hidden, int inner, int tokens, char* base) {
+size_t lay_out(Arguments<T>& a, const albert_resident_shape& shape, int tokens, int passes, char* base) {
+  const int hidden = shape.hidden, inner = shape.inner;
   size_t size = 0;
   const auto take = [&](size_t bytes) {
     char* part = base + size;
@@ -207,14 +225,19 @@ size_t lay_out(Arguments<T>& a, int hidden, int inner, int tokens, char* base) {
     return part;
   };
   a.tokens = tokens;
+  a.passes = passes;
   const size_t rows = static_cast<size_t>(tokens);
   a.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
-  a.qkv = reinterpret_cast<T*>(take(static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T)));
   a.context = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  const size_t before = size;
+  a.qkv = reinterpret_cast<T*>(take(static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T)));
   a.attended = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
   a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
   a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
-  a.partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
+  for (Statistics*& partial : a.partial)
+    partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
+  a.pass_bytes = size - before;
+  if (shape.words && tokens <= kTile) size = before + a.passes * a.pass_bytes;
 #ifdef ALBERT_RESIDENT_TIMES
   a.times = reinterpret_cast<long long*>(take(kTimesBytes));
 #endif
@@ -239,15 +262,16 @@ int albert_resident_plan_of(const albert_resident_shape* shape, albert_resident_
   using namespace albert;
   if (!valid(*shape)) return ALBERT_CUDA_BAD_ARGUMENT;
   Layout layout{};
-  const int error = with_dtype(*shape, [&](auto t) { return layout_of<decltype(t)>(*shape, layout); });
-  if (error == 0) *plan = {layout.blocks, layout.cluster, layout.shared_bytes};
+  bool words;
+  const int error = with_dtype(*shape, [&](auto t) { return layout_of<decltype(t)>(*shape, layout, words); });
+  if (error == 0) *plan = {layout.blocks, layout.cluster, layout.shared_bytes, words};
   return error;
 }
 
-size_t albert_resident_workspace_bytes(const albert_resident_shape* shape, int tokens) {
+size_t albert_resident_workspace_bytes(const albert_resident_shape* shape, int tokens, int passes) {
   using namespace albert;
   Arguments<Bf16> a{};
-  return lay_out(a, shape->hidden, shape->inner, tokens, nullptr);
+  return lay_out(a, *shape, tokens, passes, nullptr);
 }
 
 int albert_resident_encoder(const albert_resident_args* given, void* stream) {
@@ -256,11 +280,11 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
   return with_dtype(given->shape, [&](auto t) {
     using T = decltype(t);
     Arguments<T> a{};
-    if (const int error = layout_of<T>(given->shape, a.layout)) return error;
-    lay_out(a, given->shape.hidden, given->shape.inner, given->tokens, static_cast<char*>(given->workspace));
+    bool words;
+    if (const int error = layout_of<T>(given->shape, a.layout, words)) return error;
+    lay_out(a, given->shape, given->tokens, given->passes, static_cast<char*>(given->workspace));
     a.float_parameters = given->shape.parameter_dtype == ALBERT_CUDA_F32;
     a.batch = given->batch;
-    a.passes = given->passes;
     a.activation = given->activation;
     a.return_all = given->return_all != 0;
     a.eps = given->eps;
@@ -268,7 +292,9 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
     a.cu_seqlens = given->cu_seqlens;
     for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
     a.output = static_cast<T*>(given->output);
-    if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
+    if (words && a.tokens <= kTile) {
+      a.layout = Words::make();
+    } else if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
       a.layout.instance = OneTile::make().instance;
       a.layout.blocks = OneTile::kLeastBlocks;  // no others have anything to do
     }
