@@ -587,6 +587,30 @@ def test_clocks_are_read_where_there_is_nvidia_smi(gpu, tmp_path, monkeypatch):
     assert clocks.seen() == {}
 
 
+def test_sanitizers_run_tests_of_every_instance(gpu, tmp_path, monkeypatch):
+    """A stand-in notes what it is called with, and finds an error with the second tool."""
+    log = tmp_path / "log"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *racecheck*) exit 9;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    session = gpu.Run(options(gpu, tmp_path / "out", "--commit", "abc"))
+    session.device = "cuda"
+    stage = {"facts": {}, "tail": []}
+    session.sanitizer(stage, 60, dict(os.environ))
+    assert stage["facts"]["memcheck"] == "no errors"
+    assert "9" in stage["facts"]["racecheck"]
+    assert stage["status"] == "failed"
+    assert gpu.SANITIZED in (gpu.ROOT / "csrc" / "cuda" / "resident_encoder.cu").read_text()
+    for line, (name, which) in zip(log.read_text().splitlines(), gpu.SANITIZERS.items(), strict=True):
+        assert f"--tool {name} --kernel-name kernel_substring={gpu.SANITIZED}" in line
+        assert line.endswith(f"tests/test_cuda_backend.py -k {which}")
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_cuda_backend.py", "-k", which]
+        tests = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True).stdout
+        for instance in ("any sizes-no clusters", "compiled sizes-clusters", "[1-compiled", "[2-compiled", "by_words"):
+            assert instance in tests
+
+
 def test_kernels_are_found_without_an_installation(gpu, tmp_path):
     """Nothing of an installation's: Python without site-packages' own hooks, from another folder."""
     packages = [path for path in sys.path if path.endswith("site-packages")]
