@@ -71,7 +71,7 @@ class GraphedModel(nn.Module):
         self.model = model
         self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: list[int] = []
 
     def forward(
         self,
@@ -135,7 +135,8 @@ class GraphedModel(nn.Module):
     def _record(
         self, shape: tuple[int, int], whole: bool, tensors: dict[str, Tensor], options: dict[str, Any], training: bool
     ) -> _Recorded:
-        addresses = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+        addresses: list[int] = []
+        _add_addresses(addresses, self.model)
         if addresses != self._addresses:
             self._recorded.clear()
             self._addresses = addresses
@@ -147,6 +148,15 @@ class GraphedModel(nn.Module):
         if key not in self._recorded:
             self._recorded[key] = _Recorded(self.model, shape, whole, tensors, options, training)
         return self._recorded[key]
+
+
+def _add_addresses(found: list[int], module: nn.Module) -> None:
+    """Of all parameters and buffers: each call asks, and `parameters()` takes three times as long."""
+    for tensors in (module._parameters, module._buffers):
+        found += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+    for child in module._modules.values():
+        if child is not None:
+            _add_addresses(found, child)
 
 
 class _Recorded:
