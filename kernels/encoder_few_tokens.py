@@ -17,8 +17,7 @@ float32, which loses nothing where the mean is large. A pass is
 Precision: W γ is rounded to the dtype of the products, in place of LayerNorm(x), and the mean is taken out of exactly
 these rounded numbers; residuals are not rounded at all.
 
-ALBERT_FAST_FEW_TOKENS=0 never takes this way, 1 wherever it serves. ALBERT_FAST_PDL=1 lets a product's launch overlap
-the kernel before it (programmatic dependent launch, from 9.0 on).
+ALBERT_FAST_FEW_TOKENS=0 never takes this way, 1 wherever it serves.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch import Tensor
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_forward
 from albert_fast.kernels.few_tokens_product import GROUP, Workspace, few_tokens_product
-from albert_fast.kernels.launch import architecture, cdiv, launch
+from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import block_of, row_tiles
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions
 
@@ -149,7 +148,7 @@ def encoder_few_tokens(
 
     query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
     rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    common: dict[str, Any] = {"eps": options.eps, "workspace": workspace, **_dependent_launch(hidden.device)}
+    common: dict[str, Any] = {"eps": options.eps, "workspace": workspace}
     x, before = hidden, None  # the pass's input: through the LayerNorm of the layer `before`, where there is one
     for index, (now, output) in enumerate(zip(order, sums, strict=True)):
         layer, norm = layers[now], None
@@ -200,8 +199,3 @@ def encoder_few_tokens(
         layer, output = layers[order[index]], sums[index]
         layer_norm_forward(output, None, None, layer.norm_weight, layer.norm_bias, eps=options.eps, out=output)
     return states if options.return_all else states[0]
-
-
-def _dependent_launch(device: torch.device) -> dict[str, bool]:
-    wanted = os.environ.get("ALBERT_FAST_PDL") == "1" and device.type == "cuda" and architecture(device) >= 90
-    return {"PDL": True, "launch_pdl": True} if wanted else {"PDL": False}

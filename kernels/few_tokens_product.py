@@ -74,16 +74,11 @@ def few_tokens_product_kernel(
     GROUPS: tl.constexpr,  # at least those of WIDTH
     FORM: tl.constexpr,
     PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    if PDL:
-        # Who comes next waits in turn for all of this kernel, and so for all before it.
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
@@ -260,7 +255,6 @@ def few_tokens_product(
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
     new_statistics: Tensor | None = None,
-    **constants: bool,
 ) -> None:
     """y = act(LayerNorm(x) weightᵀ + bias) + LayerNorm(residual); all contiguous.
 
@@ -275,7 +269,6 @@ def few_tokens_product(
         residual: [tokens, out], added after the activation.
         norm: weight and bias [out] of the residual's LayerNorm.
         new_statistics: receives those of y.
-        constants: PDL and options of Triton.
     """
     tokens, depth = x.shape
     columns = weight.shape[0]
@@ -306,5 +299,4 @@ def few_tokens_product(
         GROUPS=next_power_of_2(cdiv(width, GROUP)),
         FORM=form,
         PRECISION=dot_precision(x.dtype),
-        **constants,
     )

@@ -27,7 +27,6 @@ NOT_MEASURED = {
         "torch 2.10 up",
         "Triton 3.9 and 3.6",
         "compute capability 8.0",
-        "from compute capability 9.0 on",
         "x86-64",
     ),
     "a goal": (

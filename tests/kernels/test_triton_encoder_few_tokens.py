@@ -141,7 +141,7 @@ def test_the_product_and_what_it_leaves(depth, columns, dtype, device):
     x, weight, residual, bias, gamma, beta = given = [tensor.to(device, dtype) for tensor in given]
     statistics, workspace, y = statistics_of(residual), Workspace.of(x, columns), torch.empty_like(residual)
     options: dict[str, Any] = {"residual": residual, "norm": (gamma, beta), "statistics": statistics}
-    options |= {"eps": eps, "workspace": workspace, "new_statistics": torch.empty_like(statistics), "PDL": False}
+    options |= {"eps": eps, "workspace": workspace, "new_statistics": torch.empty_like(statistics)}
     for _ in range(2):
         few_tokens_product(x, weight, bias, y, **options)
         assert not workspace.counters.any()
@@ -160,9 +160,7 @@ def statistics_of(y: Tensor) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("overlapping", ["0", "1"])
-def test_replays_of_a_graph(overlapping, monkeypatch):
-    monkeypatch.setenv("ALBERT_FAST_PDL", overlapping)
+def test_replays_of_a_graph():
     case = Case([100, 28], 768, 3072, num_heads=12, num_layers=12, dtype=torch.bfloat16, device="cuda")
     expected = run(case)
     graph = torch.cuda.CUDAGraph()
