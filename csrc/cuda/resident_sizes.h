@@ -47,7 +47,7 @@ static_assert(InClusters::make().shared_bytes <= 227 << 10 && Alone::make().shar
 using InClusters = Sizes<1, 64, 96, 2, 8, 8, 2>;
 using Alone = Sizes<2, 64, 96, 2, 3, 1, 1>;
 using OneTile = Sizes<3, 64, 96, 2, 3, 1, 1, true>;
-using Words = Sizes<4, 128, 288, 4, 16, 1, 1, true, 2>;
+using Words = Sizes<4, 128, 288, 2, 16, 1, 1, true, 4>;
 #endif
 
 }  // namespace albert
