@@ -110,10 +110,14 @@ _CLUSTERS, _ALONE = 0, 1
 
 
 def _shape(
-    dtype: torch.dtype, parameter_dtype: torch.dtype, hidden: int, inner: int, heads: int, cluster: int
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    heads: int,
+    cluster: int,
+    words: bool = False,
 ) -> native_cuda.Shape:
-    # How blocks wait for each other with up to 16 tokens: see csrc/cuda/resident_block.h. Not yet timed on a GPU.
-    words = os.environ.get("ALBERT_FAST_WORDS") == "1"
     return native_cuda.Shape(hidden, inner, heads, _DTYPES[dtype], _DTYPES[parameter_dtype], cluster, words)
 
 
@@ -125,10 +129,11 @@ def _plan_error(library: ctypes.CDLL, device: torch.device, shape: native_cuda.S
 def _shape_for(
     library: ctypes.CDLL, device: torch.device, tokens: int, kind: tuple[torch.dtype, torch.dtype, int, int, int]
 ) -> native_cuda.Shape:
-    """In clusters or not: what is faster and fits, or ALBERT_FAST_CLUSTER, for experiments."""
+    """What is faster and fits: in clusters or not, up to 16 tokens by words (csrc/cuda/resident_words.h), where they
+    serve; or ALBERT_FAST_CLUSTER, for experiments."""
     wanted = os.environ.get("ALBERT_FAST_CLUSTER")
     if wanted is None and tokens <= _MOST_TOKENS_ALONE:
-        alone, key = _shape(*kind, _ALONE), (device, *kind)
+        alone, key = _shape(*kind, _ALONE, words=True), (device, *kind)
         if key not in _fit_alone:
             _fit_alone[key] = _plan_error(library, device, alone) == 0
         if _fit_alone[key]:

@@ -43,6 +43,7 @@ class Target:
 
 _ATTENTION = ("attention", "bfloat16 32x512 12x64 full", OURS)
 _TRAINING = ("training", "base 32x512 full")
+_LOADED = "chained_microseconds"
 _COMPILED = "transformers-compile"
 
 TARGETS = (
@@ -50,8 +51,9 @@ TARGETS = (
     Target("attention backward at 512, TFLOP/s", *_ATTENTION, "backward_tflops", 250, True),
     Target("loss of 2458 labelled, us", "loss", "2458 of 16384 tokens labelled", OURS, "microseconds", 220, False),
     Target("loss of 16384 labelled, us", "loss", "16384 of 16384 tokens labelled", OURS, "microseconds", 1500, False),
-    Target("encoder of 16 tokens, us", "resident", "16 tokens", OURS, "microseconds", 100, False),
-    Target("encoder of 128 tokens, us", "resident", "128 tokens", OURS, "microseconds", 280, False),
+    # Its weights loaded: one replay after the other. Of 128 tokens by what `graphed` takes.
+    Target("encoder of 16 tokens, us", "resident", "16 tokens", OURS, _LOADED, 100, False),
+    Target("encoder of 128 tokens, us", "resident", "128 tokens", f"{OURS} by Triton", _LOADED, 280, False),
     Target("its barrier, us", "resident", "what it rests on", "grid barrier", "microseconds", 1.5, False, "{:.2f}"),
     Target("base training at 512, MFU", *_TRAINING, f"{OURS} graphed", "mfu", 0.45, True, "{:.1%}"),
     Target("its speed over transformers' torch.compile", *_TRAINING, _COMPILED, "ratio", 1.3, True, "{:.2f}x"),

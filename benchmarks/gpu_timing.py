@@ -36,6 +36,7 @@ _FLUSHED_BYTES = 256 * 2**20
 
 HOW = (
     "device: events around single calls, enqueued behind a wait so that the host is ahead, L2 overwritten before each; "
+    "one after the other: events around calls that follow each other; "
     "steps: events between steps that follow each other, the first of a turn apart; latency: the host's clock around "
     "a call and a synchronization. Peers in turns, medians. host us: of the host for a call, with ! where it was not "
     "ahead, because it waits for the GPU or has more to do: device times then hold some of the host's"
@@ -129,6 +130,20 @@ class Queued(Timed):
         self.starved = self.starved or enqueued > self.wait
 
 
+class Chained(Timed):
+    """Calls that follow each other, and find in L2 what they left."""
+
+    def turn(self) -> None:
+        before, after = _event(), _event()
+        self.function()
+        before.record()
+        for _ in range(self.calls):
+            self.function()
+        after.record()
+        torch.cuda.synchronize(self.device)
+        self.seconds.append(before.elapsed_time(after) / 1e3 / self.calls)
+
+
 class Steps(Timed):
     def plan(self, host: float, total: float) -> None:
         self.calls = STEPS_A_TURN
@@ -146,8 +161,9 @@ class Steps(Timed):
 
 
 def timed(how: str, function: Function, device: torch.device, most_calls: int = MOST_CALLS) -> Timed:
-    """`how`: "device", "steps" or "latency". For "device" the launch queue has to hold the kernels of `most_calls`."""
-    on_gpu: dict[str, type[Timed]] = {"device": Queued, "steps": Steps, "latency": Wall}
+    """`how`: "device", "chained", "steps" or "latency". For "device" the launch queue has to hold the kernels of
+    `most_calls`."""
+    on_gpu: dict[str, type[Timed]] = {"device": Queued, "chained": Chained, "steps": Steps, "latency": Wall}
     return (on_gpu[how] if device.type == "cuda" else Wall)(function, device, most_calls)
 
 

@@ -384,9 +384,12 @@ class _Calls:
         _, kept = self.operations["encoder"](hidden, *arguments)
         self.operations["encoder_backward"](torch.empty_like(hidden), kept, *arguments)
 
-    def encoder_few_tokens(self, activation: str = "gelu_new", width: int = 768) -> None:
-        arguments = self.encoder_arguments(0.0, 128, activation, "none", width)
-        self.operations["encoder_inference"](self.new(128, width), *arguments)
+    def encoder_few_tokens(
+        self, activation: str = "gelu_new", width: int = 768, tokens: int = 128, batch: int = batch
+    ) -> None:
+        parameters, _, *others = self.encoder_arguments(0.0, tokens, activation, "none", width)
+        offsets = self.integers(batch + 1, torch.int32)
+        self.operations["encoder_inference"](self.new(tokens, width), parameters, offsets, *others)
 
     def encoder_arguments(
         self, dropout_p: float, longest: int, activation: str, recompute: str, width: int
@@ -461,6 +464,7 @@ def calls(dtype: torch.dtype) -> None:
     call.encoder(0.1, longest=128)
     if dtype != torch.float32:  # whose products cuBLAS has
         call.encoder_few_tokens()
+        call.encoder_few_tokens(batch=64)  # rows, with which the general attention serves
     call.attention(64, longest=512, dropout_p=0.1)  # for longer rows there are other kernels
     if dtype != torch.float32:  # without tensor cores products take long to compile
         call.attention(128, longest=512, dropout_p=0.0)
@@ -493,7 +497,7 @@ def variants(dtype: torch.dtype) -> None:
     call.attention(64, longest=512, dropout_p=0.1, causal=True, biased=True)
     call.attention(128, longest=128, dropout_p=0.1)
     if dtype == torch.bfloat16:
-        call.encoder_few_tokens("gelu")
+        call.encoder_few_tokens("gelu", tokens=256, batch=1)
         call.encoder_few_tokens("relu", width=1024)
         call.attention(32, longest=128, dropout_p=0.0)
         call.attention(64, longest=512, dropout_p=0.0, biased=True)

@@ -418,8 +418,7 @@ def encoder_inference(
     """All passes, nothing kept."""
     hidden = hidden.contiguous()
     if few_tokens.serves(hidden, options):
-        layers = _layers(parameters, hidden.dtype)
-        return few_tokens.encoder_few_tokens(hidden, layers, cu_seqlens, max_seqlen, options)
+        return few_tokens.encoder_few_tokens(hidden, parameters, cu_seqlens, max_seqlen, options)
     loop = _Loop(hidden, parameters, cu_seqlens, max_seqlen, options)
     memory, h = loop.forward_memory(), loop.empty(loop.width)
     states, result = _states(hidden, options)

@@ -4,9 +4,9 @@ LayerNorm is never a kernel of its own, but for the last one. With x the sum bef
 
     LayerNorm(x) Wᵀ + b = rstd (x (W γ)ᵀ - mean Σ(W γ)) + (W β + b)
 
-where W γ, its sums over the rows and W β + b are made once a call (`fold`). A product thus reads sums as they are. Who
-writes sums leaves mean and squared deviations of each `GROUP` columns of a row; who reads them puts these together, in
-float32, which loses nothing where the mean is large. A pass is
+where W γ, its sums over the rows and W β + b are made once a call, in one kernel (`fold`) where there is one layer. A
+product thus reads sums as they are. Who writes sums leaves mean and squared deviations of each `GROUP` columns of a
+row; who reads them puts these together, in float32, which loses nothing where the mean is large. A pass is
 
     qkv     = LayerNorm(output sum of the pass before) qkvᵀ       the first pass: of its input
     context = attention(qkv)
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,13 +33,12 @@ from torch import Tensor
 
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_forward
+from albert_fast.kernels.few_tokens_attention import few_tokens_attention
+from albert_fast.kernels.few_tokens_attention import serves as attention_serves
 from albert_fast.kernels.few_tokens_product import GROUP, Workspace, few_tokens_product
 from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import block_of, row_tiles
-from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions
-
-if TYPE_CHECKING:
-    from albert_fast.kernels.encoder import _Layer
+from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 MOST_TOKENS = 256  # beyond, cuBLAS's larger tiles read less
 MOST_HIDDEN = 1024  # of a row's statistics, which a program holds in registers; wider layers are more than L2, too
@@ -55,92 +54,192 @@ def serves(hidden: Tensor, options: EncoderOptions) -> bool:
     return setting == "1" or (tokens <= MOST_TOKENS and hidden.dtype.itemsize == 2)
 
 
+class _Layer(NamedTuple):
+    """A layer's parameters, in their order; contiguous, those of `dense` and `ffn_output` in the dtype of products."""
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    value_weight: Tensor
+    value_bias: Tensor
+    dense_weight: Tensor
+    dense_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    ffn_weight: Tensor
+    ffn_bias: Tensor
+    ffn_output_weight: Tensor
+    ffn_output_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    @classmethod
+    def of(cls, parameters: list[Tensor], dtype: torch.dtype) -> _Layer:
+        if len({parameter.dtype for parameter in parameters}) > 1:  # autocast allows it, `fold` takes one alone
+            parameters = [parameter.float() for parameter in parameters]
+        layer = cls(*[parameter.contiguous() for parameter in parameters])
+        dense, output = layer.dense_weight.to(dtype), layer.ffn_output_weight.to(dtype)
+        return layer._replace(dense_weight=dense, ffn_output_weight=output)
+
+
 class _Folded(NamedTuple):
     """A product's weights with the LayerNorm before it."""
 
     weight: Tensor  # [out, in], of the products' dtype
-    sums: Tensor  # float32 [out]
     bias: Tensor  # float32 [out]
+    sums: Tensor  # float32 [out]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["inner", "count"])
 def fold_kernel(
-    weight,  # [rows, columns]
-    bias,  # [rows]
-    norm_weight,  # [columns]
-    norm_bias,  # [columns]
-    folded,  # [rows, columns]
-    sums,  # float32 [rows]
-    folded_bias,  # float32 [rows]
-    rows,
-    columns,
+    query,  # [width, width], as key and value
+    key,
+    value,
+    ffn,  # [inner, width]
+    query_bias,  # [width]
+    key_bias,
+    value_bias,
+    ffn_bias,  # [inner]
+    norm_weight,  # [width], of the LayerNorm before query, key and value
+    norm_bias,
+    ffn_norm_weight,  # [width], of that before ffn
+    ffn_norm_bias,
+    folded,  # [3 width + inner, width]: query, key, value and ffn
+    folded_bias,  # float32 [3 width + inner]
+    sums,  # float32 [3 width + inner]
+    plain,  # [3 width, width], without LayerNorm; or None
+    plain_bias,  # [3 width] or None
+    counters,  # int32 [count], are zeroed
+    width,
+    inner,
+    count,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(width, ROWS)
+    part = tl.minimum(tl.program_id(0) // tiles, 3)
+    weight, bias, rows = query, query_bias, width
+    if part == 1:
+        weight, bias = key, key_bias
+    elif part == 2:
+        weight, bias = value, value_bias
+    elif part == 3:
+        weight, bias, rows = ffn, ffn_bias, inner
+        norm_weight, norm_bias = ffn_norm_weight, ffn_norm_bias
+
+    row = (tl.program_id(0) - part * tiles) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    gamma = tl.load(norm_weight + column, mask=column < columns, other=0.0).to(tl.float32)
-    beta = tl.load(norm_bias + column, mask=column < columns, other=0.0).to(tl.float32)
-    b = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-    rounded = (w * gamma[None, :]).to(folded.dtype.element_ty)
+    inside = row < rows
+    mask = inside[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    # What the products would read: rounded to their dtype.
+    w = tl.load(weight + at, mask=mask, other=0.0).to(folded.dtype.element_ty)  # [ROWS, BLOCK]
+    gamma = tl.load(norm_weight + column, mask=column < width, other=0.0).to(tl.float32)
+    beta = tl.load(norm_bias + column, mask=column < width, other=0.0).to(tl.float32)
+    b = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    rounded = (w.to(tl.float32) * gamma[None, :]).to(folded.dtype.element_ty)
+
+    first = part * width  # row of what is written
+    at += first.to(tl.int64) * width
     tl.store(folded + at, rounded, mask=mask)
-    tl.store(sums + row, tl.sum(rounded.to(tl.float32), axis=1), mask=row < rows)
-    tl.store(folded_bias + row, tl.sum(w * beta[None, :], axis=1) + b, mask=row < rows)
+    tl.store(sums + first + row, tl.sum(rounded.to(tl.float32), axis=1), mask=inside)
+    tl.store(folded_bias + first + row, tl.sum(w.to(tl.float32) * beta[None, :], axis=1) + b, mask=inside)
+    if plain is not None and part < 3:
+        tl.store(plain + at, w, mask=mask)
+        tl.store(plain_bias + first + row, b, mask=inside)
+    if tl.program_id(0) == 0:
+        for index in range(0, count, BLOCK):
+            tl.store(counters + index + column, 0, mask=column < count - index)
 
 
-def fold(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> _Folded:
-    """Of weight [out, in], bias [out], and the LayerNorm's [in]; all contiguous."""
-    rows, columns = weight.shape
-    sums, folded_bias = (torch.empty(rows, dtype=torch.float32, device=weight.device) for _ in range(2))
-    result = _Folded(torch.empty_like(weight), sums, folded_bias)
-    block = block_of(columns)
+def fold(
+    layer: _Layer,
+    before: _Layer,
+    dtype: torch.dtype,
+    counters: Tensor,
+    *,
+    plain: tuple[Tensor, Tensor] | None,
+    with_ffn: bool,
+) -> tuple[_Folded, _Folded]:
+    """Query, key and value with the LayerNorm that ends the layer `before`, and ffn with its own, in one kernel.
+
+    Args:
+        dtype: that of the products.
+        counters: int32, are zeroed here, which would be a kernel of its own otherwise.
+        plain: weight [3 width, width] and bias, receive query, key and value without LayerNorm.
+        with_ffn: without, the second result has no rows.
+    """
+    inner, width = layer.ffn_weight.shape
+    like, rows = layer.query_weight, 3 * width + (inner if with_ffn else 0)
+    bias, sums = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    weight, block = like.new_empty(rows, width, dtype=dtype), block_of(width)
     launch(
         fold_kernel,
-        lambda blocks: (cdiv(rows, blocks["ROWS"]),),
+        lambda blocks: (3 * cdiv(width, blocks["ROWS"]) + cdiv(rows - 3 * width, blocks["ROWS"]),),
+        layer.query_weight,
+        layer.key_weight,
+        layer.value_weight,
+        layer.ffn_weight,
+        layer.query_bias,
+        layer.key_bias,
+        layer.value_bias,
+        layer.ffn_bias,
+        before.norm_weight,
+        before.norm_bias,
+        layer.attention_norm_weight,
+        layer.attention_norm_bias,
         weight,
         bias,
-        norm_weight,
-        norm_bias,
-        *result,
-        rows,
-        columns,
-        tiles=row_tiles(block, half=((32, 1), (32, 2)), single=((16, 1), (16, 2))),
-        dtype=weight.dtype,
+        sums,
+        *((None, None) if plain is None else plain),
+        counters,
+        width,
+        inner,
+        counters.numel(),
+        tiles=row_tiles(block, half=((32, 1), (32, 2)), single=((16, 2), (16, 1))),
+        dtype=like.dtype,
         key=(rows,),
         BLOCK=block,
     )
-    return result
+    parts = zip(*(tensor.split([3 * width, rows - 3 * width]) for tensor in (weight, bias, sums)), strict=True)
+    qkv, ffn = (_Folded(*of_part) for of_part in parts)
+    return qkv, ffn
 
 
 def encoder_few_tokens(
-    hidden: Tensor, layers: list[_Layer], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+    hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> Tensor:
-    """All passes over hidden [tokens, hidden], contiguous, with layers whose matrices have its dtype.
+    """All passes over hidden [tokens, hidden], contiguous, whose dtype is that of the products.
 
     Returns:
         [tokens, hidden], or with return_all [passes + 1, tokens, hidden].
     """
     (tokens, width), heads = hidden.shape, options.num_heads
-    inner_width = layers[0].ffn_weight.shape[0]
-    order = options.layer_of_pass()
-    ffn = [fold(r.ffn_weight, r.ffn_bias, r.attention_norm_weight, r.attention_norm_bias) for r in layers]
-    # By the layer of the pass before, whose LayerNorm it is, and that of the pass.
-    qkv_after = {
-        (before, now): fold(
-            layers[now].qkv_weight, layers[now].qkv_bias, layers[before].norm_weight, layers[before].norm_bias
+    inner_width = parameters[10].shape[0]
+    order, step = options.layer_of_pass(), TENSORS_PER_LAYER
+    layers = [_Layer.of(parameters[at : at + step], hidden.dtype) for at in range(0, len(parameters), step)]
+    workspace = Workspace.of(hidden, width)
+    # By the layer of the pass before, whose LayerNorm it is, and that of the pass; `plain` is for the first pass.
+    qkv_after: dict[tuple[int, int], _Folded] = {}
+    ffn: dict[int, _Folded] = {}
+    plain = hidden.new_empty(3 * width, width), hidden.new_empty(3 * width)
+    # The first layer comes first, as if it followed itself, which with one layer it does.
+    for before, now in dict.fromkeys([(order[0], order[0]), *pairwise(order)]):
+        qkv_after[before, now], of_ffn = fold(
+            layers[now],
+            layers[before],
+            hidden.dtype,
+            workspace.counters,
+            plain=None if ffn else plain,
+            with_ffn=now not in ffn,
         )
-        for before, now in dict.fromkeys(pairwise(order))
-    }
+        ffn.setdefault(now, of_ffn)
 
     qkv, context = hidden.new_empty(tokens, 3 * width), hidden.new_empty(tokens, width)
     summed, inner = hidden.new_empty(tokens, width), hidden.new_empty(tokens, inner_width)
-    logsumexp = hidden.new_empty(heads, tokens, dtype=torch.float32)
     # float32 [mean or squared deviations, tokens, groups of columns] of `summed` and of the pass's output sum
     statistics, output_statistics = hidden.new_empty(2, 2, tokens, cdiv(width, GROUP), dtype=torch.float32)
-    workspace = Workspace.of(hidden, width)
     states = hidden.new_empty(len(order) + 1 if options.return_all else 1, tokens, width)
     if options.return_all:
         states[0].copy_(hidden)
@@ -148,19 +247,24 @@ def encoder_few_tokens(
 
     query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
     rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    few_tokens = attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads))
+    logsumexp = None if few_tokens else hidden.new_empty(heads, tokens, dtype=torch.float32)
     common: dict[str, Any] = {"eps": options.eps, "workspace": workspace}
-    x, before = hidden, None  # the pass's input: through the LayerNorm of the layer `before`, where there is one
+    x, last = hidden, None  # the pass's input: through the LayerNorm of the layer `last`, where there is one
     for index, (now, output) in enumerate(zip(order, sums, strict=True)):
         layer, norm = layers[now], None
-        if before is None:
-            few_tokens_product(x, layer.qkv_weight, layer.qkv_bias, qkv, **common)
+        if last is None:
+            few_tokens_product(x, *plain, qkv, **common)
         else:
-            folded, norm = qkv_after[before, now], (layers[before].norm_weight, layers[before].norm_bias)
+            folded, norm = qkv_after[last, now], (layers[last].norm_weight, layers[last].norm_bias)
             few_tokens_product(
                 x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common
             )
         attention_options = options.attention(index, width // heads)
-        attention(query, key, value, *rows, attention_options, out=context, logsumexp=logsumexp)
+        if few_tokens:
+            few_tokens_attention(qkv, cu_seqlens, heads, attention_options.scale, context)
+        else:
+            attention(query, key, value, *rows, attention_options, out=context, logsumexp=logsumexp)
         few_tokens_product(
             context,
             layer.dense_weight,
@@ -193,7 +297,7 @@ def encoder_few_tokens(
             new_statistics=output_statistics,
             **common,
         )
-        x, before = output, now
+        x, last = output, now
 
     for index in range(len(order)) if options.return_all else (len(order) - 1,):
         layer, output = layers[order[index]], sums[index]

@@ -231,14 +231,11 @@ class Workspace(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, columns: int) -> Workspace:
-        """For products of x [tokens, …] with as many columns, and narrower ones.
-
-        Filled where it is made, so that a captured graph begins with zeros.
-        """
+        """For products of x [tokens, …] with as many columns, and narrower ones; the caller zeroes the counters."""
         tiles = cdiv(x.shape[0], 16) * cdiv(columns, GROUP)
         rows, columns = (cdiv(size, _MOST_BLOCK) * _MOST_BLOCK for size in (x.shape[0], columns))
         partials = torch.empty(_MOST_SPLIT * rows * columns, dtype=torch.float32, device=x.device)
-        return cls(partials, torch.zeros(tiles, dtype=torch.int32, device=x.device))
+        return cls(partials, torch.empty(tiles, dtype=torch.int32, device=x.device))
 
 
 def few_tokens_product(

@@ -31,7 +31,6 @@ def on_cpu_without_gpu(monkeypatch, device):
     monkeypatch.setattr(cuda_backend, "_reasons", {})
     monkeypatch.setattr(cuda_backend, "_fit_alone", {})
     monkeypatch.setenv("ALBERT_FAST_CLUSTER", "0")
-    monkeypatch.setenv("ALBERT_FAST_WORDS", "0")
     if device.type == "cpu":
         monkeypatch.setenv("ALBERT_FAST_CUDA_ON_CPU", "1")
 
@@ -41,7 +40,8 @@ def machine(
 ) -> None:
     """What the CPU is to be; a GPU stays what it is, with clusters used or not."""
     os.environ["ALBERT_FAST_CLUSTER"] = "0" if clusters else "1"  # until the fixture undoes it
-    os.environ["ALBERT_FAST_WORDS"] = str(int(words))
+    if words:
+        del os.environ["ALBERT_FAST_CLUSTER"]
     if device.type == "cpu":
         native_cuda.load().albert_host_machine(multiprocessors, shared_bytes, clusters, random.getrandbits(31))
 
@@ -122,12 +122,12 @@ def test_parity_of_all_counts_of_tiles(tiles, compiled, clusters, device, monkey
 
 
 # What the instance that waits for words in place of barriers has, up to 16 tokens.
-SIZES_OF_WORDS = {"cpu": (128, 288, 2), "cuda": (768, 3072, 12)}
+SIZES_OF_WORDS = {"cpu": (128, 256, 2), "cuda": (768, 3072, 12)}
 
 
 def case_of_words(device, lengths: list[int], **options) -> Case:
     """With a machine for it."""
-    machine(device, random.randrange(16, 20), False, words=True)
+    machine(device, random.randrange(16, 20), True, words=True)
     hidden, inner, heads = SIZES_OF_WORDS[device.type]
     return Case(lengths, hidden, inner, num_heads=heads, device=device, **{"dtype": torch.bfloat16, **options})
 
@@ -152,7 +152,7 @@ def test_parity_by_words(lengths, options, device, monkeypatch):
     output = served(case, monkeypatch)
     assert_served_by_words(device)
     check(case, output)
-    os.environ["ALBERT_FAST_WORDS"] = "0"
+    os.environ["ALBERT_FAST_CLUSTER"] = "1"
     check(case, served(case, monkeypatch))
     assert_served_by_words(device, served=False)
 
@@ -174,20 +174,22 @@ def test_words_of_ones_are_told(device, monkeypatch):
         case.tensors[name] = before
 
 
-@pytest.mark.parametrize("reason", ["17 tokens", "other sizes", "no room", "few multiprocessors"])
+@pytest.mark.parametrize("reason", ["17 tokens", "other sizes", "no room", "few multiprocessors", "no clusters"])
 def test_where_nothing_waits_for_words(reason, device, monkeypatch):
     if device.type == "cuda":
         pytest.skip("asks what the CPU plays")
     case = case_of_words(device, [17 if reason == "17 tokens" else 5], num_layers=1)
     if reason == "other sizes":
-        case = Case([5], 128, 320, num_heads=2, num_layers=1, dtype=torch.bfloat16, device=device)
+        case = Case([5], 128, 288, num_heads=2, num_layers=1, dtype=torch.bfloat16, device=device)
     elif reason == "no room":
-        machine(device, 16, False)
-        plan, shape = native_cuda.ResidentPlan(), native_cuda.Shape(128, 288, 2, 0, 0, 1, 0)
+        machine(device, 96, True)
+        plan, shape = native_cuda.ResidentPlan(), native_cuda.Shape(128, 256, 2, 0, 0, 1, 0)
         assert native_cuda.load().albert_resident_plan_of(shape, plan) == 0
-        machine(device, 16, False, plan.shared_bytes, words=True)
+        machine(device, 96, True, plan.shared_bytes, words=True)
     elif reason == "few multiprocessors":
-        machine(device, 15, False, words=True)
+        machine(device, 15, True, words=True)
+    elif reason == "no clusters":
+        machine(device, 16, False, words=True)
     check(case, served(case, monkeypatch))
     assert_served_by_words(device, served=False)
 

@@ -46,6 +46,7 @@ _NATIVE_KINDS = {
 # The kernels of kernels/.
 KERNEL_KINDS = {
     "attention_kernel": ATTENTION,
+    "few_tokens_attention_kernel": ATTENTION,
     "grad_query_kernel": ATTENTION,
     "grad_key_value_kernel": ATTENTION,
     "labelled_tokens_kernel": LOSS,

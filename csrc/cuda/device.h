@@ -24,13 +24,14 @@ struct alignas(8) Two {
   float value[2];
 };
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;  // of a block, but for who waits for words
 
 }  // namespace albert
 
 #ifndef __CUDACC__
 #include "host.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -72,6 +73,13 @@ ALBERT_DEVICE uint32_t transpose(uint32_t pair) {
   uint32_t x;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(x) : "r"(pair));
   return x;
+}
+
+// All blocks of a launch that has them at once: what a block wrote before it arrived is seen by those that have waited.
+using GridToken = cooperative_groups::grid_group::arrival_token;
+ALBERT_DEVICE GridToken arrive_grid() { return cooperative_groups::this_grid().barrier_arrive(); }
+ALBERT_DEVICE void wait_grid(GridToken& token) {
+  cooperative_groups::this_grid().barrier_wait(static_cast<GridToken&&>(token));
 }
 
 // ---- blocks of a cluster, on compute capability 9.0 and later ----
@@ -118,6 +126,16 @@ ALBERT_DEVICE void wait(Arrivals* arrivals, uint32_t phase) {
 }
 // To what has the place of `local` in the shared memory of the cluster's block `rank`, and its bytes to that block's
 // arrivals.
+ALBERT_DEVICE void send(Two* local, Arrivals* arrivals, int rank, const Two& x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, count;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(local)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(shared_address(arrivals)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "f"(x.value[0]), "f"(x.value[1]), "r"(count)
+               : "memory");
+#endif
+}
 ALBERT_DEVICE void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
 #if __CUDA_ARCH__ >= 900
   uint32_t to, count;
@@ -148,7 +166,7 @@ ALBERT_DEVICE uint32_t load_pair_shared_by_blocks(const void* p) {
   return x;
 }
 ALBERT_DEVICE void store_two(void* p, float a, float b) { *static_cast<float2*>(p) = make_float2(a, b); }
-// The same of words of 16 or 8 bytes, which others see whole or not yet, in whatever order: from CUDA 12.3 on, and where
+// The same of words of 16 bytes, which others see whole or not yet, in whatever order: from CUDA 12.3 on, and where
 // there are clusters, for smaller devices have no room.
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
 constexpr bool kHasWords = kHasClusters;
@@ -172,15 +190,6 @@ ALBERT_DEVICE void store_eight_whole(void* p, const Eight& x) {
                "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3])
                : "memory");
 }
-ALBERT_DEVICE Two load_two_whole(const void* p) {
-  uint64_t x;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
-  return {{__uint_as_float(static_cast<uint32_t>(x)), __uint_as_float(static_cast<uint32_t>(x >> 32))}};
-}
-ALBERT_DEVICE void store_two_whole(void* p, const Two& x) {
-  const uint64_t bits = __float_as_uint(x.value[0]) | static_cast<uint64_t>(__float_as_uint(x.value[1])) << 32;
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(bits) : "memory");
-}
 // What no block writes.
 ALBERT_DEVICE Eight load_constant(const void* p) {
   const uint4 x = __ldg(static_cast<const uint4*>(p));
@@ -196,6 +205,12 @@ ALBERT_DEVICE uint32_t load_acquire(const uint32_t* p) {
   return x;
 }
 ALBERT_DEVICE void pause() {}
+// Does nothing for so many clocks.
+ALBERT_DEVICE void hold(int clocks) {
+  const long long begin = clock64();
+  while (clock64() - begin < clocks) {
+  }
+}
 
 // ---- 16 bytes from global to shared memory, without registers; wait_copies before the sync that shows them ----
 ALBERT_DEVICE void copy_async(void* to_shared, const void* from) {

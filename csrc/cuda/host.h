@@ -58,7 +58,8 @@ struct Machine {
   std::function<void()> body;
   std::mt19937 random;
   unsigned steps = 0;
-  size_t waits = 0;  // since a block last told another one something
+  size_t arrived = 0;  // fibres at the grid's barrier, which a launch has once
+  size_t waits = 0;    // since a block last told another one something
   std::string error;
 };
 
@@ -199,6 +200,15 @@ inline void sync_cluster() {
   host::Machine& m = *host::machine();
   host::arrive(m.of_cluster[static_cast<size_t>(host::self().block / m.cluster)]);
 }
+struct GridToken {};
+inline GridToken arrive_grid() {
+  ++host::machine()->arrived;
+  host::tell();
+  return {};
+}
+inline void wait_grid(GridToken&) {
+  while (host::machine()->arrived < host::machine()->fibres.size()) host::pause();
+}
 inline float shuffle_xor(float x, int mask) {
   host::Warp& warp = host::warp();
   const int lane = host::self().thread % kWarp;
@@ -263,10 +273,11 @@ inline void expect(Arrivals* arrivals, int bytes) {
 inline void wait(Arrivals* arrivals, uint32_t phase) {
   while ((arrivals->phase & 1) == (phase & 1)) host::pause();
 }
-inline void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
+template <class X>
+inline void send(X* local, Arrivals* arrivals, int rank, const X& x) {
   const int own = host::self().block, cluster = host::machine()->cluster;
-  const long place = reinterpret_cast<char*>(local) - host::shared_of(own);
-  if (rank < 0 || rank >= cluster || place < 0 || place % 16 != 0 || place + sizeof x > host::machine()->shared_bytes)
+  const size_t place = static_cast<size_t>(reinterpret_cast<char*>(local) - host::shared_of(own));
+  if (rank < 0 || rank >= cluster || place % sizeof x != 0 || place + sizeof x > host::machine()->shared_bytes)
     host::fail("what a block sends is not aligned, or not for the shared memory of one of its cluster");
   char* other = host::shared_of(own / cluster * cluster + rank);
   std::memcpy(other + place, &x, sizeof x);
@@ -302,14 +313,9 @@ inline void store_two(void* p, float a, float b) {
 }
 constexpr bool kHasWords = true;
 inline Eight load_eight_whole(const void* p) { return load_shared_by_blocks(p); }
-inline Two load_two_whole(const void* p) { return load_two_shared_by_blocks(p); }
 inline void store_eight_whole(void* p, const Eight& x) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof x != 0) host::fail("a store of 16 bytes is not aligned");
   std::memcpy(p, &x, sizeof x);
-  host::tell();
-}
-inline void store_two_whole(void* p, const Two& x) {
-  store_two(p, x.value[0], x.value[1]);
   host::tell();
 }
 inline void add_release(uint32_t* p, uint32_t x) {
@@ -318,6 +324,7 @@ inline void add_release(uint32_t* p, uint32_t x) {
 }
 inline uint32_t load_acquire(const uint32_t* p) { return *p; }
 inline void pause() { host::pause(); }
+inline void hold(int) {}
 inline void copy_async(void* to_shared, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to_shared) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
     host::fail("a copy of 16 bytes is not aligned");

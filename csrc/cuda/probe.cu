@@ -10,7 +10,6 @@
 namespace albert {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kLoadBytes = 96 << 10;  // that a block loads at a time: all blocks' share stays in L2
 
 ALBERT_KERNEL(kThreads) void repeat_grid_barrier(uint32_t* arrivals, int repeats) {

@@ -1,15 +1,22 @@
-// Attention of the resident encoder, in two ways. Attention: a block takes 16 queries of a head at a time, whose sequences' keys are all among
-// at most 128 tokens. The warps share out keys for the scores, and columns for the sum over values, for which each has
-// the probabilities of all rows and keys in its registers. HeadOfTile: a warp has all of a head of the only tile.
+// Attention of the resident encoder, in two ways. Attention: a block takes 16 queries of a head at a time, whose
+// sequences' keys are all among at most 128 tokens. The warps share out keys for the scores, and columns for the sum over
+// values, for which each has the probabilities of all rows and keys in its registers. HeadOfTile: a warp has a head's
+// scores of the only tile.
 #pragma once
 #include "resident_block.h"
 
 namespace albert {
 
+// A pair of values, zeros outside the sequence, where a NaN times a probability of zero were one.
+ALBERT_DEVICE uint32_t masked(uint32_t pair, int key, const Sequence& s) {
+  if (key < s.begin || key >= s.end) pair &= 0xffff0000u;
+  if (key + 1 < s.begin || key + 1 >= s.end) pair &= 0x0000ffffu;
+  return pair;
+}
+
 template <class T, class S>
 struct Attention {
   static constexpr int kSteps = kMostTokens / kTile;       // keys of a matrix instruction
-  static constexpr int kWarps = S::kWarps;
   static constexpr int kKeys = kMostTokens / (kWarps * kUnit);  // units of keys of a warp
 
   Block<T, S>& block;
@@ -107,13 +114,6 @@ struct Attention {
     }
   }
 
-  // A pair of values, zeros outside the sequence, where a NaN times a probability of zero were one.
-  ALBERT_DEVICE static uint32_t masked(uint32_t pair, int key, const Sequence& s) {
-    if (key < s.begin || key >= s.end) pair &= 0xffff0000u;
-    if (key + 1 < s.begin || key + 1 >= s.end) pair &= 0x0000ffffu;
-    return pair;
-  }
-
   // By the sequences that the tile's rows are of: each sees its own values alone.
   ALBERT_DEVICE void add_values(int tile, int head, int unit, const uint32_t (&p)[kSteps][4],
                                 const uint32_t (&values)[kSteps][2], const float (&inverse_sums)[2]) const {
@@ -184,58 +184,40 @@ struct Attention {
   }
 };
 
-// A head of the first 16 tokens, when there are no others: query, key and value, then the context, in a warp's registers.
-template <class T, class S>
+// Pairs of columns of rows `row` and `row + 8`.
+struct TwoPairs {
+  uint32_t half[2];
+};
+
+// A head of the first 16 tokens, when there are no others, in a warp's registers.
+template <class T, int kChunks>
 struct HeadOfTile {
-  static constexpr int kChunks = S::kHeadChunks;
+  Eight query[kChunks][2], key[kChunks][2];  // of tokens `row` and `row + 8`
+  uint32_t p[4];                             // probabilities before they are divided by their sum
+  float inverse_sums[2];                     // of rows `row` and `row + 8`; 0: no keys
 
-  Eight query[kChunks][2], key[kChunks][2], value[kChunks][2];  // of tokens `row` and `row + 8`
-  uint32_t p[4];            // probabilities before they are divided by their sum
-  float inverse_sums[2];    // of rows `row` and `row + 8`; 0: no keys
-
-  ALBERT_DEVICE void load(const Block<T, S>& block, int head) {
-    const int hidden = block.layout().hidden;
-    const T* from = block.now(block.args.qkv) + head * block.layout().head_dim() + block.quad * 8;
-    // Beyond the tokens there is room for whole tiles; but no words come.
-    const auto row_of = [&](int half) { return S::kWords ? block.real_row(block.row + half * 8) : block.row + half * 8; };
-    const auto each = [&](auto use) {
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const T* at = from + row_of(half) * 3 * hidden + chunk * kChunk;
-          use(query[chunk][half], at);
-          use(key[chunk][half], at + hidden);
-          use(value[chunk][half], at + 2 * hidden);
-        }
-    };
-    if constexpr (S::kWords)
-      take_words(each, true);
-    else
-      each([](Eight& to, const T* at) { to = load_shared_by_blocks(at); });
-  }
-
-  ALBERT_DEVICE void attend(const Block<T, S>& block) {
-    Four sums[2] = {};  // of keys 0 to 7 and 8 to 15
+  // own: the sequences of rows `row` and `row + 8`.
+  ALBERT_DEVICE void attend(const Sequence (&own)[2], int quad) {
+    Four sums[2][2] = {};  // of keys 0 to 7 and 8 to 15; in two parts, for shorter chains of instructions
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const Eight(&q)[2] = query[chunk];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const Eight& k = key[chunk][i];
-        multiply_add(sums[i], {q[0].pair[0], q[1].pair[0], q[0].pair[1], q[1].pair[1]}, k.pair[0], k.pair[1], T{});
-        multiply_add(sums[i], {q[0].pair[2], q[1].pair[2], q[0].pair[3], q[1].pair[3]}, k.pair[2], k.pair[3], T{});
+        multiply_add(sums[i][0], {q[0].pair[0], q[1].pair[0], q[0].pair[1], q[1].pair[1]}, k.pair[0], k.pair[1], T{});
+        multiply_add(sums[i][1], {q[0].pair[2], q[1].pair[2], q[0].pair[3], q[1].pair[3]}, k.pair[2], k.pair[3], T{});
       }
     }
-    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(block.layout().head_dim()));
+    const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(kChunks * kChunk));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Sequence s = block.sequences()[block.row + half * 8];
+      const Sequence s = own[half];
       float x[4], largest = -INFINITY, sum = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int k = i / 2 * 8 + block.quad * 2 + i % 2;
-        x[i] = k >= s.begin && k < s.end ? sums[i / 2].value[2 * half + i % 2] * scale : -INFINITY;
+        const int k = i / 2 * 8 + quad * 2 + i % 2, at = 2 * half + i % 2;
+        x[i] = k >= s.begin && k < s.end ? (sums[i / 2][0].value[at] + sums[i / 2][1].value[at]) * scale : -INFINITY;
         largest = fmaxf(largest, x[i]);
       }
       for (int mask = 1; mask < 4; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
@@ -249,34 +231,38 @@ struct HeadOfTile {
     }
   }
 
-  // 32 columns of the context of tokens `row` and `row + 8`, as the first operand of a matrix instruction. What a lane
-  // has of a value's row, columns 2 i and 2 i + 1 of its eight, counts as columns 2 quad and 2 quad + 1 of a unit: so
-  // they come out where the next product wants them.
-  ALBERT_DEVICE void context(const Block<T, S>& block, int chunk, Eight (&to)[2]) const {
-    Four total[4] = {};
-    for (int token = 0; token < block.args.tokens;) {  // by sequences: each row sees its own values alone
-      const Sequence s = block.sequences()[token];
+  // Pairs of columns of the context: of the values' rows `row` and `row + 8` a lane has columns 2 i and 2 i + 1 of its
+  // eight. They count as columns 2 quad and 2 quad + 1 of a unit: so they come out where the next product wants them.
+  template <int kPairs>
+  ALBERT_DEVICE void context(const uint32_t (&value)[kPairs][2], TwoPairs (&to)[kPairs], const Sequence* sequences,
+                             int tokens, int row, int quad) const {
+    uint32_t transposed[kPairs][2];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) transposed[i][half] = transpose(value[i][half]);
+    Four total[kPairs] = {};
+    for (int token = 0; token < tokens;) {  // by sequences: each row sees its own values alone
+      const Sequence s = sequences[token];
       const int end = s.begin == s.end ? token + 1 : s.end;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kPairs; ++i) {
         uint32_t v[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          v[half] = Attention<T, S>::masked(transpose(value[chunk][half].pair[i]), half * 8 + block.quad * 2, s);
+        for (int half = 0; half < 2; ++half) v[half] = masked(transposed[i][half], half * 8 + quad * 2, s);
         Four sum{};
         multiply_add(sum, p, v[0], v[1], T{});
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int r = block.row + j / 2 * 8;
+          const int r = row + j / 2 * 8;
           if (r >= token && r < end) total[i].value[j] = sum.value[j] * inverse_sums[j / 2];
         }
       }
       token = end;
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[half].pair[i] = pack_pair(total[i].value[2 * half], total[i].value[2 * half + 1], T{});
+    for (int i = 0; i < kPairs; ++i)
+      to[i] = {{pack_pair(total[i].value[0], total[i].value[1], T{}), pack_pair(total[i].value[2], total[i].value[3], T{})}};
   }
 };
 

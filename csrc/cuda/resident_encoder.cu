@@ -10,49 +10,23 @@
 //   LN(x) Wᵀ + b = ((x - mean) / deviation * weight + bias) Wᵀ + b = (x W'ᵀ - mean u) / deviation + c
 //
 // with W' = W weight, u its rows' sums and c = W bias + b, so that no product waits for statistics.
+#include "resident_parameters.h"
 #include "resident_product.h"
 
 namespace albert {
 
 template <class T, class S>
 struct Encoder {
-  static constexpr int kWarps = S::kWarps, kThreads = S::kThreads;
-
   const Arguments<T>& args;
   Block<T, S> block;
+  const Parameters<T> parameters;
 
-  ALBERT_DEVICE explicit Encoder(const Arguments<T>& a) : args(a), block(a) {}
+  ALBERT_DEVICE explicit Encoder(const Arguments<T>& a)
+      : args(a), block(a), parameters{a, layout().hidden, layout().inner} {}
 
   ALBERT_DEVICE decltype(auto) layout() const { return block.layout(); }
 
   // ---- once ----
-  // Where row `row` of a matrix [out][in] lies, of query, key and value one after the other for kQkv: the place of its
-  // weight among the parameters; row becomes one of that weight.
-  ALBERT_DEVICE int weight_of(int matrix, int& row) const {
-    constexpr int kPlaces[kMatrices] = {kQuery, kDenseWeight, kFfnWeight, kFfnOutputWeight};
-    if (matrix != kQkv) return matrix == kDense ? kPlaces[1] : matrix == kFfn ? kPlaces[2] : kPlaces[3];
-    const int part = row / layout().hidden;
-    row -= part * layout().hidden;
-    return part == 0 ? kQuery : part == 1 ? kKey : kValue;
-  }
-  ALBERT_DEVICE float parameter(int which, int i) const {
-    const void* p = args.parameters[which];
-    return args.float_parameters ? static_cast<const float*>(p)[i] : to_float(static_cast<const T*>(p)[i]);
-  }
-
-  // Eight elements that lie one after the other, into shared memory as T.
-  ALBERT_DEVICE static void bring(char* to, const float* from) {
-    Eight y;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Eight x = load_constant(from + 4 * half);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        y.pair[2 * half + i] = pack_pair(float_of(x.pair[2 * i]), float_of(x.pair[2 * i + 1]), T{});
-    }
-    *reinterpret_cast<Eight*>(to) = y;
-  }
-
   ALBERT_DEVICE void load_weights() {
 #pragma unroll
     for (int matrix = 0; matrix < kMatrices; ++matrix) {
@@ -65,37 +39,22 @@ struct Encoder {
           const int column = i / (chunks * 4), chunk = i / 4 % chunks, quad = i % 4;
           char* to = block.shared + layout().weights[matrix] + (u * layout().chunks[matrix] + chunk) * kChunkBytes +
                      (column * 4 + quad) * static_cast<int>(sizeof(Eight));
-          int row = first + column;
-          const void* weight = args.parameters[weight_of(matrix, row)];
-          const long at = static_cast<long>(row) * layout().inputs(matrix) + (begin + chunk) * kChunk + quad * 8;
-          if (args.float_parameters)
-            bring(to, static_cast<const float*>(weight) + at);
-          else
-            copy_async(to, static_cast<const T*>(weight) + at);
+          parameters.bring(to, matrix, first + column, (begin + chunk) * kChunk + quad * 8);
         }
       }
     }
   }
 
-  // Of the block's own columns the biases, and weight and bias of the residuals' LayerNorms: a vector a warp, so that they
-  // are on their way at the same time.
+  // Of the block's own columns the biases, and weight and bias of the residuals' LayerNorms.
   ALBERT_DEVICE void load_vectors() {
 #pragma unroll
-    for (int matrix = 0; matrix < kMatrices; ++matrix) {
-      const bool has_norm = matrix == kDense || matrix == kFfnOutput;
-#pragma unroll
-      for (int which = 0; which < (has_norm ? 3 : 1); ++which) {
-        if (block.warp != (matrix + which * kMatrices) % kWarps) continue;
-        for (int i = block.lane; i < layout().units[matrix] * kUnit; i += kWarp) {
-          int column = layout().column(matrix, block.index, i / kUnit);
-          if (column < 0) continue;
-          column += i % kUnit;
-          int parameters = (matrix == kDense ? kNorm : kAttentionNorm) + which - 1;  // of the residual
-          if (which == 0) parameters = weight_of(matrix, column) + 1;
-          block.vector(matrix, which)[i] = parameter(parameters, column);
-        }
+    for (int matrix = 0; matrix < kMatrices; ++matrix)
+      for (int i = block.thread; i < layout().units[matrix] * kUnit; i += kThreads) {
+        const int column = layout().column(matrix, block.index, i / kUnit);
+        if (column < 0) continue;
+        for (int which = 0; which < (matrix == kDense || matrix == kFfnOutput ? 3 : 1); ++which)
+          block.vector(matrix, which)[i] = parameters.vector(matrix, which, column + i % kUnit);
       }
-    }
   }
 
   // Of a matrix after a LayerNorm W', u and c (see above), in place; who calls has no sums in shared memory.
@@ -108,8 +67,8 @@ struct Encoder {
       float weight[8], bias[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        weight[i] = parameter(norm, chunk * kChunk + block.quad * 8 + i);
-        bias[i] = parameter(norm + 1, chunk * kChunk + block.quad * 8 + i);
+        weight[i] = parameters.value(norm, chunk * kChunk + block.quad * 8 + i);
+        bias[i] = parameters.value(norm + 1, chunk * kChunk + block.quad * 8 + i);
       }
 #pragma unroll
       for (int unit = 0; unit < kMostUnits; ++unit) {
@@ -117,15 +76,7 @@ struct Encoder {
         Eight& at = *reinterpret_cast<Eight*>(block.shared + layout().weights[kMatrix] +
                                               (unit * chunks + chunk) * kChunkBytes +
                                               block.lane * static_cast<int>(sizeof(Eight)));
-        Eight w = at;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float first = low<T>(w.pair[i]), second = high<T>(w.pair[i]);
-          c[unit] += first * bias[2 * i] + second * bias[2 * i + 1];
-          w.pair[i] = pack_pair(first * weight[2 * i], second * weight[2 * i + 1], T{});
-          u[unit] += low<T>(w.pair[i]) + high<T>(w.pair[i]);
-        }
-        at = w;
+        at = folded_weight<T>(at, weight, bias, u[unit], c[unit]);
       }
     }
     float* sums = block.sums();  // [warp][u, c][units][8]
@@ -150,20 +101,9 @@ struct Encoder {
     sync_block();
   }
 
-  // Of every row its sequence, none beyond the last; offsets that are no offsets are brought into the tokens' range.
+  // Of every row its sequence, and of every tile the keys that its rows see.
   ALBERT_DEVICE void find_sequences() {
-    const auto offset = [&](int i) {
-      const int x = args.cu_seqlens[i];
-      return x < 0 ? 0 : x > args.tokens ? args.tokens : x;
-    };
-    // By the last warp first, which has no vector to load.
-    for (int r = kThreads - 1 - block.thread; r < (S::kOneTile ? kTile : kMostTokens); r += kThreads) {
-      Sequence s{0, 0};
-      for (int i = 0; i < args.batch && r < args.tokens; ++i)
-        if (offset(i) <= r && r < offset(i + 1)) s = {static_cast<uint8_t>(offset(i)), static_cast<uint8_t>(offset(i + 1))};
-      block.sequences()[r] = s;
-    }
-    if (S::kOneTile) return;  // whose keys are all the tokens
+    for (int r = block.thread; r < kMostTokens; r += kThreads) block.sequences()[r] = sequence_of(args, r);
     sync_block();
     for (int tile = block.thread; tile < kMostTiles; tile += kThreads) {
       int begin = kMostTokens, end = 0;
@@ -181,11 +121,11 @@ struct Encoder {
   // The second LayerNorm for who called: a row a warp.
   ALBERT_DEVICE void write_output(T* output) const {
     for (int r = block.index * kWarps + block.warp; r < args.tokens; r += block_count() * kWarps) {
-      const Norm s = block.norm_of(block.statistics(kQkv, r), block.lane, kWarp);
+      const Norm s = block.norm_of(r, block.lane, kWarp);
       for (int column = 2 * block.lane; column < layout().hidden; column += 2 * kWarp) {
         const uint32_t x = load_pair_shared_by_blocks(args.summed + r * layout().hidden + column);
         const auto one = [&](float value, int i) {
-          return (value - s.mean) * s.scale * parameter(kNorm, i) + parameter(kNorm + 1, i);
+          return (value - s.mean) * s.scale * parameters.value(kNorm, i) + parameters.value(kNorm + 1, i);
         };
         *reinterpret_cast<uint32_t*>(output + r * layout().hidden + column) =
             pack_pair(one(low<T>(x), column), one(high<T>(x), column + 1), T{});
@@ -206,20 +146,14 @@ struct Encoder {
     for (int pass = 0;; ++pass) {
       const bool first = pass == 0;
       block.begin();
-      block.pass = pass;
-      if constexpr (S::kWords)
-        if (pass == args.passes) return Product<T, S, kDense>(block, nullptr, false).write_last();
-      Product<T, S, kQkv> qkv(block, first ? args.hidden : block.before(args.summed), first);
+      Product<T, S, kQkv> qkv(block, first ? args.hidden : args.summed, first);
       if (first) {
         qkv.prepare(0);
       } else {
         block.sync_grid([&] { qkv.prepare(0); });
-        if constexpr (!S::kWords) {
-          if (args.return_all || pass == args.passes)
-            write_output(args.output +
-                         (args.return_all ? static_cast<long>(pass - 1) * args.tokens * layout().hidden : 0));
-          if (pass == args.passes) return;
-        }
+        if (args.return_all || pass == args.passes)
+          write_output(args.output + (args.return_all ? static_cast<long>(pass - 1) * args.tokens * layout().hidden : 0));
+        if (pass == args.passes) return;
       }
       block.mark();
       qkv.run();
@@ -239,8 +173,8 @@ struct Encoder {
         block.mark();
       }
       run<kDense>(args.context, first);
-      run<kFfn>(block.now(args.attended), first);
-      run<kFfnOutput>(block.now(args.inner), first);
+      run<kFfn>(args.attended, first);
+      run<kFfnOutput>(args.inner, first);
     }
   }
 
@@ -256,8 +190,8 @@ struct Encoder {
 };
 
 template <class T, class S>
-ALBERT_KERNEL(S::kThreads) void resident_encoder(ALBERT_ARGUMENT Arguments<T> args) {
-  if constexpr ((kHasClusters || !S::kInClusters) && (kHasWords || !S::kWords)) Encoder<T, S>(args).run();
+ALBERT_KERNEL(kThreads) void resident_encoder(ALBERT_ARGUMENT Arguments<T> args) {
+  if constexpr (kHasClusters || !S::kInClusters) Encoder<T, S>(args).run();
 }
 
 }  // namespace albert

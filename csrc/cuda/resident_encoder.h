@@ -19,14 +19,14 @@ typedef struct {
   int dtype;           /* of hidden states and products: BF16 or FP16 */
   int parameter_dtype; /* dtype, or F32 */
   int cluster;         /* blocks of a cluster: 0 chooses, 1 has none; 8 from compute capability 9.0 */
-  int words;           /* up to 16 tokens without clusters, where there is room: 1 waits for words, 0 at barriers */
+  int words;           /* up to 16 tokens, where it serves: 1 waits for words (resident_words.h), 0 at barriers */
 } albert_resident_shape;
 
 /* What the shape takes on the current device. */
 typedef struct {
   int blocks, cluster;
   int shared_bytes; /* of each block */
-  int words;        /* whether up to 16 tokens wait for words: asked for, and there is an instance and room */
+  int words;        /* whether up to 16 tokens wait for words: asked for, of an instance's sizes, and there is room */
 } albert_resident_plan;
 
 /* DOES_NOT_FIT: the layer is larger than the shared memory, or has sizes that the kernel does not serve. */

@@ -1,14 +1,18 @@
 // The resident encoder from the host: what fits, where the workspace's parts lie, and the launch.
 #pragma once
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <vector>
 
-#include "resident_block.h"
+#include "resident_words.h"
 
 namespace albert {
 
 constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
+
+constexpr int kWordInstance = 4;       // beside those of resident_sizes.h, for tests
 
 struct Device {
   int index, multiprocessors, shared_bytes;  // that a block may have
@@ -29,27 +33,33 @@ inline int find_device(Device& d) {
   return error;
 }
 
-template <class S>
-cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+inline cudaLaunchConfig_t configuration(int blocks, int cluster, int threads, int shared_bytes,
+                                        cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks are there at once, or the launch fails
   attributes[0].val.cooperative = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t c{};
-  c.gridDim = dim3(static_cast<unsigned>(l.blocks));
-  c.blockDim = dim3(S::kThreads);
-  c.dynamicSmemBytes = static_cast<size_t>(l.shared_bytes);
+  c.gridDim = dim3(static_cast<unsigned>(blocks));
+  c.blockDim = dim3(static_cast<unsigned>(threads));
+  c.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   c.stream = stream;
   c.attrs = attributes;
-  c.numAttrs = l.cluster > 1 ? 2 : 1;
+  c.numAttrs = cluster > 1 ? 2 : 1;
   return c;
+}
+inline cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+  return configuration(l.blocks, l.cluster, kThreads, l.shared_bytes, attributes, stream);
+}
+inline cudaLaunchConfig_t configuration(Words, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
+  return configuration(Words::kBlocks, Words::kCluster, Words::kThreads, Words::kSharedBytes, attributes, stream);
 }
 
 // Clusters that the device runs at once: what it is cut into need not be a multiple of a cluster.
 template <class T, class S>
 int count_clusters(const Layout& l, int& clusters) {
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration<S>(l, attributes, nullptr);
+  const cudaLaunchConfig_t c = configuration(l, attributes, nullptr);
   return cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, S>, &c);
 }
 
@@ -61,12 +71,30 @@ int allow_shared(const Device& d) {
 template <class T, class S>
 int start(const Arguments<T>& args, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  cudaError_t error = S::kWords ? cudaMemsetAsync(args.qkv, 0xff, args.passes * args.pass_bytes, stream)
-                                : cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
+  const cudaError_t error = cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration<S>(args.layout, attributes, stream);
+  const cudaLaunchConfig_t c = configuration(args.layout, attributes, stream);
   return cudaLaunchKernelEx(&c, resident_encoder<T, S>, args);
+}
+
+// Whether the device has room for all clusters of who waits for words at a time.
+template <class T>
+int allow_words(const Device& d, bool& allowed) {
+  const auto kernel = resident_encoder_by_words<T, Words>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t c = configuration(Words{}, attributes, nullptr);
+  int clusters = 0;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &c);
+  allowed = clusters * Words::kCluster >= Words::kBlocks;
+  return error;
+}
+template <class T>
+int start_words(const Arguments<T>& args, void* stream) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t c = configuration(Words{}, attributes, static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernelEx(&c, resident_encoder_by_words<T, Words>, args);
 }
 #else
 // The machine that host.h plays; tests choose it.
@@ -99,19 +127,31 @@ template <class T, class S>
 int allow_shared(const Device&) {
   return 0;
 }
-template <class T, class S>
-int start(const Arguments<T>& args, void*) {
-  *args.arrivals = 0;
-  if (S::kWords) std::memset(args.qkv, 0xff, args.passes * args.pass_bytes);
-  host_instance() = args.layout.instance;
+inline int run_on_host(int instance, int blocks, int threads, int cluster, int shared_bytes, std::function<void()> kernel) {
+  host_instance() = instance;
   try {
-    host::run(args.layout.blocks, S::kThreads, args.layout.cluster, static_cast<size_t>(args.layout.shared_bytes),
-              host_seed()++, [&] { resident_encoder<T, S>(args); });
+    host::run(blocks, threads, cluster, static_cast<size_t>(shared_bytes), host_seed()++, std::move(kernel));
   } catch (const std::exception& error) {
     host_error() = error.what();
     return ALBERT_CUDA_KERNEL;
   }
   return 0;
+}
+template <class T, class S>
+int start(const Arguments<T>& args, void*) {
+  const Layout& l = args.layout;
+  *args.arrivals = 0;
+  return run_on_host(l.instance, l.blocks, kThreads, l.cluster, l.shared_bytes, [&] { resident_encoder<T, S>(args); });
+}
+template <class T>
+int allow_words(const Device& d, bool& allowed) {
+  allowed = d.multiprocessors >= Words::kBlocks;
+  return 0;
+}
+template <class T>
+int start_words(const Arguments<T>& args, void*) {
+  return run_on_host(kWordInstance, Words::kBlocks, Words::kThreads, Words::kCluster, Words::kSharedBytes,
+                     [&] { resident_encoder_by_words<T, Words>(args); });
 }
 #endif
 
@@ -122,7 +162,6 @@ int with_sizes(const Layout& l, Use use) {
     case 1: return use(InClusters{});
     case 2: return use(Alone{});
     case 3: return use(OneTile{});
-    case 4: return use(Words{});
     default: return use(AnySizes{});
   }
 }
@@ -168,11 +207,9 @@ int find_layout(const albert_resident_shape& shape, const Device& device, Layout
 // Whether up to 16 tokens are served by the instance that waits for words.
 template <class T>
 int find_words(const albert_resident_shape& shape, const Device& device, bool& words) {
-  Layout l{};
-  const bool alone = shape.cluster <= 1 && device.multiprocessors >= Words::kLeastBlocks;
-  words = kHasWords && shape.words != 0 && alone && is_made_for<Words>(shape, Words::kLeastBlocks, 1, l) &&
-          l.shared_bytes <= device.shared_bytes;
-  return words ? allow_shared<T, Words>(device) : 0;
+  const bool same = shape.hidden == Words::kHidden && shape.inner == Words::kInner && shape.heads == Words::kHeads;
+  words = kHasWords && shape.words != 0 && same && device.has_clusters && Words::kSharedBytes <= device.shared_bytes;
+  return words ? allow_words<T>(device, words) : 0;
 }
 
 // Both, found once for each device and shape: the questions take longer than a launch.
@@ -229,15 +266,12 @@ size_t lay_out(Arguments<T>& a, const albert_resident_shape& shape, int tokens, 
   const size_t rows = static_cast<size_t>(tokens);
   a.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
   a.context = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
-  const size_t before = size;
-  a.qkv = reinterpret_cast<T*>(take(static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T)));
+  a.partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
+  const size_t qkv_bytes = static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T);
+  a.qkv = reinterpret_cast<T*>(take(shape.words && tokens <= kTile ? std::max(qkv_bytes, word_bytes(a)) : qkv_bytes));
   a.attended = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
   a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
   a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
-  for (Statistics*& partial : a.partial)
-    partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
-  a.pass_bytes = size - before;
-  if (shape.words && tokens <= kTile) size = before + a.passes * a.pass_bytes;
 #ifdef ALBERT_RESIDENT_TIMES
   a.times = reinterpret_cast<long long*>(take(kTimesBytes));
 #endif
@@ -292,9 +326,8 @@ int albert_resident_encoder(const albert_resident_args* given, void* stream) {
     a.cu_seqlens = given->cu_seqlens;
     for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
     a.output = static_cast<T*>(given->output);
-    if (words && a.tokens <= kTile) {
-      a.layout = Words::make();
-    } else if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
+    if (words && a.tokens <= kTile) return start_words<T>(a, stream);
+    if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
       a.layout.instance = OneTile::make().instance;
       a.layout.blocks = OneTile::kLeastBlocks;  // no others have anything to do
     }

@@ -18,7 +18,6 @@ constexpr int kMostUnits = 8;  // of one matrix that a block multiplies with: th
 constexpr int kMostTokens = ALBERT_CUDA_MOST_TOKENS;
 constexpr int kMostTiles = kMostTokens / kTile;
 constexpr int kScoreStride = kMostTokens + 8;  // of attention's scores: 8 rows do not share banks
-constexpr int kFewWarps = 8;                   // of a block, where barriers keep blocks in step
 
 enum { kQkv, kDense, kFfn, kFfnOutput, kMatrices };
 
@@ -42,7 +41,7 @@ struct Layout {
   int weights[kMatrices];
   int vectors[kMatrices];  // [3][units][8] floats: the bias; of a residual's LayerNorm weight and bias; of a LayerNorm
                            // before the product what Encoder::fold finds
-  int sums, sums_bytes;    // [part of the sum][row][units][8] floats; attention's scores lie there, too
+  int sums;                // [part of the sum][row][units][8] floats; attention's scores lie there, too
   int received;            // [rank][row][units][8] floats: from the cluster's other blocks
   int arrivals;            // of what is received
   int row_norms, sequences, keys;
@@ -107,8 +106,7 @@ struct Sequence {
 //   - dense and ffn_output are cut along their inputs: a cluster's blocks have a part of the same units each, read only
 //     that part of the activations, and send their sums to the block of the cluster that finishes the row.
 ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, int heads, int blocks, int cluster,
-                                         int tiles_of_warp, int tiles_at_once, int warps = kFewWarps,
-                                         int sum_buffers = 1) {
+                                         int tiles_of_warp, int tiles_at_once) {
   Layout l{};
   l.instance = instance;
   l.hidden = hidden;
@@ -135,8 +133,7 @@ ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, in
     l.vectors[matrix] = take(3 * l.units[matrix] * kUnit * 4);
     widest = most(widest, l.units[matrix] * kUnit);
   }
-  l.sums_bytes = most(warps * tiles_of_warp * kTile * widest * 4, kTile * kScoreStride * 4);
-  l.sums = take(sum_buffers * l.sums_bytes);
+  l.sums = take(most(kWarps * tiles_of_warp * kTile * widest * 4, kTile * kScoreStride * 4));
   l.received = take(cluster == 1 ? 0 : tiles_at_once * kTile * l.units[kDense] * kUnit * 4);
   l.arrivals = take(cluster == 1 ? 0 : static_cast<int>(sizeof(Arrivals)));
   l.row_norms = take(kMostTokens * static_cast<int>(sizeof(Norm)));

@@ -12,9 +12,9 @@ template <class T, class S, int kMatrix>
 struct Product {
   static constexpr bool kNormalizes = kMatrix == kQkv || kMatrix == kFfn;
   static constexpr bool kHasResidual = !kNormalizes;
-  static constexpr int kWarps = S::kWarps, kThreads = S::kThreads, kTiles = S::kTilesOfWarp;
-  // Chunks that are loaded while as many are multiplied; of words all of a warp's.
-  static constexpr int kBatch = S::kWords ? divide_up(S::chunks_of(kMatrix), kWarps) : kMatrix == kDense ? 2 : S::kBatch;
+  static constexpr int kTiles = S::kTilesOfWarp;
+  // Chunks that are loaded while as many are multiplied.
+  static constexpr int kBatch = kMatrix == kDense ? 2 : S::kBatch;
 
   // A warp's part of the sum: chunks `first`, `first + step`, … of the block's, for its tiles.
   struct Part {
@@ -57,8 +57,7 @@ struct Product {
                                                      (p.rows[t][half] + (i + j) * p.step * kChunk * 2u));
   }
 
-  ALBERT_DEVICE void multiply(Four (&sums)[kTiles][kMostUnits], const Eight (&now)[kTiles][2], const Part& p,
-                              int chunk) const {
+  ALBERT_DEVICE void multiply(Four (&sums)[kTiles][kMostUnits], const Eight (&now)[kTiles][2], int chunk) const {
     const char* weights = block.weights(kMatrix) + block.lane * static_cast<int>(sizeof(Eight)) + chunk * kChunkBytes;
 #pragma unroll
     for (int u = 0; u < kMostUnits; ++u) {
@@ -77,8 +76,8 @@ struct Product {
   ALBERT_DEVICE void find_norms() const {
     const int log_lanes = log2_up(kThreads / kTile) - block.log_tiles, lanes = 1 << log_lanes;
     const int r = block.thread >> log_lanes, place = block.thread & (lanes - 1);
-    const Norm s = block.norm_of(block.statistics(kMatrix, block.real_row(r)), place, lanes);
-    if (place == 0) block.row_norms(kMatrix)[r] = s;
+    const Norm s = block.norm_of(block.real_row(r), place, lanes);
+    if (place == 0) block.row_norms()[r] = s;
   }
 
   ALBERT_DEVICE int row_of(int first_tile, int t, int half) const {
@@ -116,7 +115,7 @@ struct Product {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
         if (i + j < p.count) {
-          multiply(sums, now.x[j], p, p.first + (i + j) * p.step);
+          multiply(sums, now.x[j], p.first + (i + j) * p.step);
         }
     }
     leave(sums, p, rows_of_part);
@@ -129,76 +128,50 @@ struct Product {
         for (int u = 0; u < kMostUnits; ++u) {
           if (u >= units) break;
           const int r = p.first * rows_of_part + (p.tile + t) * kTile + block.row;
-          float* to = block.sums(kMatrix) + r * units * kUnit + u * kUnit + block.quad * 2;
+          float* to = block.sums() + r * units * kUnit + u * kUnit + block.quad * 2;
           const Four s = sums[t][u];
           *reinterpret_cast<Two*>(to) = {{s.value[0], s.value[1]}};
           *reinterpret_cast<Two*>(to + 8 * units * kUnit) = {{s.value[2], s.value[3]}};
         }
   }
 
-  // The same of words. A row's statistics are spread over lanes, as in find_norms.
-  static constexpr int kLanes = kThreads / kTile;
-  template <bool kHasRows>
-  ALBERT_DEVICE void take_rows(Eight (&to)[kBatch][kTiles][2], bool has_norms, bool waits) const {
-    constexpr int kParts = divide_up(S::make().norm_parts(), kLanes);
-    const int r = block.thread / kLanes, place = block.thread % kLanes;
-    const Statistics* of_row = has_norms ? block.statistics(kMatrix, block.real_row(r)) + place : nullptr;
-    Two parts[kParts] = {};
-    take_words(
-        [&](auto use) {
-          if constexpr (kHasRows) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-              for (int half = 0; half < 2; ++half)
-                if (i < part.count)
-                  use(to[i][0][half],
-                      reinterpret_cast<const char*>(x) + (part.rows[0][half] + i * part.step * kChunk * 2u));
-          }
-          if (!has_norms) return;
-#pragma unroll
-          for (int i = 0; i < kParts; ++i)
-            if (place + i * kLanes < layout().norm_parts()) use(parts[i], of_row + i * kLanes);
-        },
-        waits);
-    if (!has_norms) return;
-    const float origin = shuffle_from(parts[0].value[0], block.lane - place);
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) block.add_part(parts[i], place + i * kLanes, origin, sum, squares);
-    const Norm s = block.norm_of(origin, sum, squares, kLanes);
-    if (place == 0) block.row_norms(kMatrix)[r] = s;
-  }
-  ALBERT_DEVICE void add_words(int rows_of_part) const {
-    Eight rows[kBatch][kTiles][2] = {};
-    // The first pass takes what was there before the launch, whatever it is.
-    take_rows<true>(rows, kNormalizes && normalizes, kMatrix != kQkv || normalizes);
-    Four sums[2][kTiles][kMostUnits] = {};  // two, for shorter chains of instructions
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (i < part.count) multiply(sums[i % 2], rows[i], part, part.first + i * part.step);
-#pragma unroll
-    for (int u = 0; u < kMostUnits; ++u) add(sums[0][0][u], sums[1][0][u]);
-    leave(sums[0], part, rows_of_part);
-  }
-
   // The same of one tile's context, which no block wrote: a warp computes heads of it, and multiplies them as they are.
   ALBERT_DEVICE void add_heads(int rows_of_part) const {
-    HeadOfTile<T, S> heads[S::kHeadRounds];
+    constexpr int kChunks = S::kHeadChunks;
+    HeadOfTile<T, kChunks> heads[S::kHeadRounds];
+    Eight values[S::kHeadRounds][kChunks][2];
     const auto head_of = [&](int i) { return i * kWarps + block.warp; };
+    const int hidden = layout().hidden;
 #pragma unroll
-    for (int i = 0; i < S::kHeadRounds; ++i)
-      if (head_of(i) < layout().heads) heads[i].load(block, head_of(i));
+    for (int i = 0; i < S::kHeadRounds; ++i) {
+      if (head_of(i) >= layout().heads) break;
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const T* at = args.qkv + (block.row + half * 8) * 3 * hidden + head_of(i) * layout().head_dim() + chunk * kChunk +
+                        block.quad * 8;
+          heads[i].query[chunk][half] = load_shared_by_blocks(at);
+          heads[i].key[chunk][half] = load_shared_by_blocks(at + hidden);
+          values[i][chunk][half] = load_shared_by_blocks(at + 2 * hidden);
+        }
+    }
     Four sums[kTiles][kMostUnits] = {};
 #pragma unroll
     for (int i = 0; i < S::kHeadRounds; ++i) {
       if (head_of(i) >= layout().heads) break;
-      heads[i].attend(block);
+      heads[i].attend({block.sequences()[block.row], block.sequences()[block.row + 8]}, block.quad);
 #pragma unroll
-      for (int chunk = 0; chunk < S::kHeadChunks; ++chunk) {
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        uint32_t value[4][2];
+        TwoPairs pairs[4];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) value[j / 2][j % 2] = values[i][chunk][j % 2].pair[j / 2];
+        heads[i].context(value, pairs, block.sequences(), args.tokens, block.row, block.quad);
         Eight context[kTiles][2] = {};
-        heads[i].context(block, chunk, context[0]);
-        multiply(sums, context, part, head_of(i) * S::kHeadChunks + chunk);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) context[0][j % 2].pair[j / 2] = pairs[j / 2].half[j % 2];
+        multiply(sums, context, head_of(i) * kChunks + chunk);
       }
     }
     leave(sums, part, rows_of_part);
@@ -213,7 +186,7 @@ struct Product {
     const int log_width = log2_up(units * 2), place = block.thread & ((1 << log_width) - 1), of_tile = rows_of_tile();
     if (place >= units * 2) return;
     for (int j = block.thread >> log_width; j < tiles_here * kTile; j += kThreads >> log_width) {
-      const float* from = block.sums(kMatrix) + j * units * kUnit + place * 4;
+      const float* from = block.sums() + j * units * kUnit + place * 4;
       Four of_part[kWarps] = {}, total{};
 #pragma unroll
       for (int p = 0; p < kWarps; ++p)
@@ -255,7 +228,8 @@ struct Product {
         weight[i] = p.block.vector(kMatrix, 1)[place * 2 + i];
         shift[i] = p.block.vector(kMatrix, 2)[place * 2 + i];
       }
-      load_residuals();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_residual(i, residual[i]);
     }
 
     // Of a step the lane's row among the round's, and among the tokens.
@@ -275,29 +249,6 @@ struct Product {
                                             : product.args.hidden;
       to = load_pair_shared_by_blocks(from + row_of(j) * product.layout().hidden + column);
     }
-    // What this thread wrote, if it did, it still has.
-    ALBERT_DEVICE void load_residuals() {
-      if constexpr (S::kWords && kHasResidual) {
-        static_assert(S::make().units[kMatrix] * 4 * kTile <= kThreads, "a thread has more than one pair");
-        if (product.normalizes || kMatrix == kFfnOutput) {
-          residual[0] = kMatrix == kDense ? product.block.own_summed : product.block.own_attended;
-          return;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_residual(i, residual[i]);
-    }
-
-    ALBERT_DEVICE float activate(float x) const {
-      switch (product.args.activation) {
-        case ALBERT_CUDA_GELU_TANH: {  // 1 + tanh(y) = 2 / (1 + exp(-2 y)); log2(e) is in the factor
-          const float y = x * (1.0f + 0.044715f * x * x);
-          return x * inverse(1.0f + exp2_fast(-2.302208198f * y));
-        }
-        case ALBERT_CUDA_GELU_ERF: return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-        default: return x < 0.0f ? 0.0f : x;
-      }
-    }
 
     // Of a step: the sum of `terms`, which lie at [term][row][column].
     ALBERT_DEVICE void finish(int i, const float* from, int terms, int rows_of_term) {
@@ -315,7 +266,7 @@ struct Product {
 #pragma unroll
       for (int t = 0; t < kWarps; ++t) a += part[t].value[0], b += part[t].value[1];
       if (kNormalizes && product.normalizes) {
-        const Norm s = product.block.row_norms(kMatrix)[least(r, kMostTokens - 1)];
+        const Norm s = product.block.row_norms()[least(r, kMostTokens - 1)];
         a = (a - s.mean * weight[0]) * s.scale + shift[0];
         b = (b - s.mean * weight[1]) * s.scale + shift[1];
       } else {
@@ -323,35 +274,28 @@ struct Product {
         b += bias[1];
       }
       if constexpr (!kHasResidual) {
-        T* to = product.block.now(kMatrix == kQkv ? args.qkv : args.inner);
-        if (kMatrix == kFfn) a = activate(a), b = activate(b);
-        product.block.tell(on, to + r * l.outputs(kMatrix) + column, pack_pair(a, b, T{}));
+        if (!on) return;
+        T* to = kMatrix == kQkv ? args.qkv : args.inner;
+        if (kMatrix == kFfn) {
+          float both[2] = {a, b};
+          activate(both, args.activation);
+          a = both[0], b = both[1];
+        }
+        *reinterpret_cast<uint32_t*>(to + r * l.outputs(kMatrix) + column) = pack_pair(a, b, T{});
       } else {
-        Two x{{low<T>(residual[0]), high<T>(residual[0])}};
-        if (!S::kWords) {
-          residual[0] = residual[1];
-          load_residual(i + 2, residual[1]);
+        float x = low<T>(residual[0]), y = high<T>(residual[0]);
+        residual[0] = residual[1];
+        load_residual(i + 2, residual[1]);
+        if (product.normalizes || kMatrix == kFfnOutput) {
+          const Norm s = product.block.row_norms()[least(r, kMostTokens - 1)];
+          x = (x - s.mean) * s.scale * weight[0] + shift[0];
+          y = (y - s.mean) * s.scale * weight[1] + shift[1];
         }
-        if (product.normalizes || kMatrix == kFfnOutput) x = normalized(x, r);
-        const uint32_t pair = pack_pair(x.value[0] + a, x.value[1] + b, T{});
-        T* to = product.block.now(kMatrix == kDense ? args.attended : args.summed);
-        product.block.tell(on, to + r * l.hidden + column, pair);
+        const uint32_t pair = pack_pair(x + a, y + b, T{});
+        T* to = kMatrix == kDense ? args.attended : args.summed;
+        if (on) *reinterpret_cast<uint32_t*>(to + r * l.hidden + column) = pair;
         leave_statistics(on, r, low<T>(pair), high<T>(pair));
-        if constexpr (S::kWords) {
-          (kMatrix == kDense ? product.block.own_attended : product.block.own_summed) = pair;
-          const bool wanted = kMatrix == kDense && product.normalizes && args.return_all;
-          if (wanted && on) write(args.output, product.block.pass - 1, r, x);  // what the pass before gives
-        }
       }
-    }
-    ALBERT_DEVICE Two normalized(const Two& x, int r) const {
-      const Norm s = product.block.row_norms(kMatrix)[least(r, kMostTokens - 1)];
-      return {{(x.value[0] - s.mean) * s.scale * weight[0] + shift[0],
-               (x.value[1] - s.mean) * s.scale * weight[1] + shift[1]}};
-    }
-    ALBERT_DEVICE void write(T* output, int state, int r, const Two& x) const {
-      T* to = output + (state * product.args.tokens + r) * product.layout().hidden + column;
-      *reinterpret_cast<uint32_t*>(to) = pack_pair(x.value[0], x.value[1], T{});
     }
 
     // Mean and squared deviations of the block's columns of a row, with the first element as origin: see norm_of.
@@ -369,23 +313,9 @@ struct Product {
       const auto& l = product.layout();
       const int part = product.block.index / l.cluster;
       const float mean = sum * share;
-      Statistics* to = product.block.now(product.args.partial[kMatrix == kDense ? 0 : 1]) + r * l.norm_parts() + part;
-      product.block.tell(to, origin + mean, fmaxf(squares - sum * mean, 0.0f));
+      store_two(product.args.partial + r * l.norm_parts() + part, origin + mean, fmaxf(squares - sum * mean, 0.0f));
     }
   };
-
-  // For who called, the block's columns of what the last pass gives: its output is that of dense's residual.
-  ALBERT_DEVICE void write_last() const {
-    static_assert(kMatrix == kDense && S::kWords, "of words");
-    Eight none[kBatch][kTiles][2] = {};
-    take_rows<false>(none, true, true);
-    Finish end(*this, 0, 1);
-    sync_block();
-    const int r = end.place_of(0);
-    if (!end.has(r)) return;
-    const Two x{{low<T>(block.own_summed), high<T>(block.own_summed)}};
-    end.write(args.output, args.return_all ? args.passes - 1 : 0, r, end.normalized(x, r));
-  }
 
   // After prepare(0).
   ALBERT_DEVICE void run() {
@@ -395,13 +325,11 @@ struct Product {
       const int parts = 1 << log_parts, rows_of_part = kTiles * kTile * kWarps >> log_parts;
       if constexpr (kMatrix == kDense && S::kOneTile)
         add_heads(rows_of_part);
-      else if constexpr (S::kWords)
-        add_words(rows_of_part);
       else
         add_chunks(first, rows_of_part);
       Finish end(*this, first, tiles_here);
       sync_block();
-      const float* from = block.sums(kMatrix);
+      const float* from = block.sums();
       int terms = parts, rows_of_term = rows_of_part;
       if (layout().split(kMatrix)) {
         send(tiles_here, parts, rows_of_part);

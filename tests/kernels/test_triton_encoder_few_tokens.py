@@ -14,6 +14,7 @@ from albert_fast import backends
 from albert_fast.kernels import encoder_few_tokens as few_tokens
 from albert_fast.kernels.encoder import encoder_inference
 from albert_fast.kernels.few_tokens_product import DEEP, GROUP, SQUARE, WIDE, Workspace, few_tokens_product
+from albert_fast.kernels.launch import recording
 from albert_fast.ops.encoder import encoder_reference
 
 parametrize_dtype = pytest.mark.parametrize(
@@ -77,6 +78,16 @@ def test_layers_in_groups(activation, dtype, device):
     assert_as_accurate_as(*results(case))
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_groups", "inner_group_num"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (2, 1, 2), (4, 2, 3)]
+)
+@judged_over_draws
+def test_layers_that_follow_one_another(num_layers, num_groups, inner_group_num, device):
+    """Each with the LayerNorm of whoever was before it."""
+    groups = {"num_layers": num_layers, "num_groups": num_groups, "inner_group_num": inner_group_num}
+    assert_as_accurate_as(*results(Case([5, 0, 12], 32, 48, dtype=torch.float16, device=device, **groups)))
+
+
 @parametrize_dtype
 @judged_over_draws
 def test_any_sizes(dtype, device):
@@ -123,12 +134,64 @@ def test_parameters_in_another_dtype_than_the_products(device):
     assert relative_error(half, exact) < 1e-2
 
 
+def test_parameters_of_several_dtypes(device):
+    case = Case([9], 64, 96, dtype=torch.float16, device=device)
+    expected = run(case)
+    for name in list(case.tensors)[2::3]:
+        case.tensors[name] = case.tensors[name].float()
+    assert torch.equal(run(case), expected)
+
+
+def test_dropout_of_the_probabilities(device):
+    """Is the general attention's."""
+    case = Case([9, 5], 64, 96, attention_dropout_p=0.5, dtype=torch.float32, device=device)
+    assert_as_accurate_as(*results(case))
+
+
 def test_tokens_of_no_row_disturb_nobody(device):
     case = Case([7, 4], 64, 96, beyond=6, dtype=torch.float16, device=device)
     whole = run(case)
     case.tensors["hidden"] = case.tensors["hidden"][:11]
     assert torch.isfinite(whole).all()
     assert torch.equal(whole[:11], run(case))
+
+
+@parametrize_dtype
+@pytest.mark.parametrize("of_half", [False, True])
+@pytest.mark.parametrize(("width", "inner"), [(16, 70), (40, 24), (96, 200)])
+def test_weights_with_layer_norm(width, inner, of_half, dtype, device):
+    """And what a fold leaves beside them: the weights without, and counters of 0."""
+    case = Case([1], width, inner, dtype=torch.float16 if of_half else dtype, device=device)
+    layer, before = (few_tokens._Layer.of(list(case.tensors.values())[1:], dtype) for _ in range(2))
+    before = before._replace(norm_weight=torch.randn_like(before.norm_weight))
+    counters = torch.randint(1, 9, (3 * width,), dtype=torch.int32, device=device)
+    plain = torch.empty(3 * width, width, dtype=dtype, device=device), torch.empty(3 * width, device=device)
+    qkv, ffn = few_tokens.fold(layer, before, dtype, counters, plain=plain, with_ffn=True)
+    weight = torch.cat([layer.query_weight, layer.key_weight, layer.value_weight])
+    bias = torch.cat([layer.query_bias, layer.key_bias, layer.value_bias])
+    assert torch.equal(plain[0], weight.to(dtype))
+    assert torch.equal(plain[1], bias.float())
+    assert not counters.any()
+    norms = (before.norm_weight, before.norm_bias), (layer.attention_norm_weight, layer.attention_norm_bias)
+    given = (weight, bias), (layer.ffn_weight, layer.ffn_bias)
+    for folded, (weight, bias), (gamma, beta) in zip((qkv, ffn), given, norms, strict=True):
+        weight = weight.to(dtype).float()
+        assert torch.equal(folded.weight, (weight * gamma.float()).to(dtype))
+        torch.testing.assert_close(folded.sums, folded.weight.float().sum(1))
+        torch.testing.assert_close(folded.bias, weight @ beta.float() + bias.float())
+    again, none = few_tokens.fold(layer, before, dtype, counters, plain=None, with_ffn=False)
+    assert all(torch.equal(*pair) for pair in zip(again, qkv, strict=True))
+    assert all(tensor.shape[0] == 0 for tensor in none)
+
+
+def test_five_kernels_a_pass():
+    case = Case([100, 28], 768, 3072, num_heads=12, num_layers=12, dtype=torch.bfloat16, device="meta")
+    with recording() as launches:
+        run(case)
+    product, attention = "few_tokens_product_kernel", "few_tokens_attention_kernel"
+    of_pass = [product, attention, product, product, product]
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["fold_kernel", *of_pass * 12, "layer_norm_forward_kernel"]
 
 
 @parametrize_dtype
@@ -140,6 +203,7 @@ def test_the_product_and_what_it_leaves(depth, columns, dtype, device):
     given = [torch.randn(tokens, depth), weight, torch.randn(tokens, columns) * 3 + 1, *vectors]
     x, weight, residual, bias, gamma, beta = given = [tensor.to(device, dtype) for tensor in given]
     statistics, workspace, y = statistics_of(residual), Workspace.of(x, columns), torch.empty_like(residual)
+    workspace.counters.zero_()
     options: dict[str, Any] = {"residual": residual, "norm": (gamma, beta), "statistics": statistics}
     options |= {"eps": eps, "workspace": workspace, "new_statistics": torch.empty_like(statistics)}
     for _ in range(2):
