@@ -57,7 +57,7 @@ struct Machine {
   jmp_buf scheduler;
   std::function<void()> body;
   std::mt19937 random;
-  unsigned steps = 0;
+  size_t steps = 0, next = 0;  // next: when other warps are slow
   size_t arrived = 0;  // fibres at the grid's barrier, which a launch has once
   size_t waits = 0;    // since a block last told another one something
   std::string error;
@@ -133,7 +133,9 @@ inline Warp& warp_of(Machine& m, const Fibre& fibre) {
 }
 
 inline Fibre* draw(Machine& m) {
-  if (m.steps++ % 4096 == 0) {
+  if (m.steps++ == m.next) {
+    m.next = m.steps + m.fibres.size() * (16u << m.random() % 3 * 2);  // long enough for a block to be a product behind
+
     for (Warp& warp : m.warps) warp.slow = m.random() % 4 == 0;
     m.ready.insert(m.ready.end(), m.late.begin(), m.late.end());
     m.late.clear();

@@ -544,7 +544,8 @@ struct WordEncoder {
     for (int half = 0; half < 2; ++half) {
       const int r = row + half * 8;
       if (r >= args.tokens) break;
-      T* to = args.output + (static_cast<long>(state) * args.tokens + r) * S::kHidden + column(kDense, index, unit) + quad * 2;
+      const long at = static_cast<long>(state) * args.tokens + r;
+      T* to = args.output + at * S::kHidden + column(kDense, index, unit) + quad * 2;
       *reinterpret_cast<uint32_t*>(to) = pack_pair(x.value[2 * half], x.value[2 * half + 1], T{});
     }
   }
@@ -576,7 +577,10 @@ struct WordEncoder {
       multiply<kQkv>(S::kRows, qkv);
       if (normalizes) send_statistics();
       finish_words<kQkv>(normalizes);
-      if (!normalizes) fold();
+      if (!normalizes) {  // whose input goes through no LayerNorm; others' words are on their way
+        fold<kQkv>();
+        fold<kFfn>();
+      }
 
       begin();
       take_heads();
@@ -603,12 +607,6 @@ struct WordEncoder {
       multiply<kFfnOutput>(S::kInnerRows, output);
       finish_sum<kFfnOutput>(true);
     }
-  }
-  // The first pass's input goes through no LayerNorm, and others' words are on their way.
-  ALBERT_DEVICE void fold() const {
-    sync_block();
-    fold<kQkv>();
-    fold<kFfn>();
   }
   // The second LayerNorm for who called.
   ALBERT_DEVICE void write_last() {
