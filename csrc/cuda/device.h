@@ -124,25 +124,28 @@ ALBERT_DEVICE void wait(Arrivals* arrivals, uint32_t phase) {
   } while (done == 0);
 #endif
 }
-// To what has the place of `local` in the shared memory of the cluster's block `rank`, and its bytes to that block's
-// arrivals.
+// Of what has the place of `local` in the shared memory of the cluster's block `rank`.
+ALBERT_DEVICE uint32_t address_in_cluster(const void* local, int rank) {
+  uint32_t address = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+#endif
+  return address;
+}
+// To there, and its bytes to that block's arrivals.
 ALBERT_DEVICE void send(Two* local, Arrivals* arrivals, int rank, const Two& x) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t to, count;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(local)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(shared_address(arrivals)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-               "f"(x.value[0]), "f"(x.value[1]), "r"(count)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_in_cluster(local, rank)),
+               "f"(x.value[0]), "f"(x.value[1]), "r"(address_in_cluster(arrivals, rank))
                : "memory");
 #endif
 }
 ALBERT_DEVICE void send(Four* local, Arrivals* arrivals, int rank, const Four& x) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t to, count;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(local)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(shared_address(arrivals)), "r"(rank));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "f"(x.value[0]), "f"(x.value[1]), "f"(x.value[2]), "f"(x.value[3]), "r"(count)
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in_cluster(local, rank)),
+               "f"(x.value[0]), "f"(x.value[1]), "f"(x.value[2]), "f"(x.value[3]), "r"(address_in_cluster(arrivals, rank))
                : "memory");
 #endif
 }
@@ -220,7 +223,6 @@ ALBERT_DEVICE void copy_async(void* to_shared, const void* from) {
 ALBERT_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 ALBERT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-ALBERT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 // Within two units of the last place.
 ALBERT_DEVICE float exp2_fast(float x) {
   float y;

@@ -67,7 +67,7 @@ NOT_MEASURED = {
         "of 128 tokens |",
         "one text of 16 tokens as a graph",
         "one text of 128 tokens",
-        "ALBERT-base of up to 16 tokens",
+        "with ALBERT-base of up to 16 tokens",
         "); of 8 tokens",
         "of 128 tokens, by Triton",
         "as the encoder of 16 tokens",
