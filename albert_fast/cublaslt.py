@@ -10,19 +10,17 @@ ALBERT_FAST_CUBLASLT=0 switches the products off; a path there is that of the li
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from albert_fast import native
+from albert_fast import devices, native
 from albert_fast.ops.checks import check, check_tensor
 
 _CODES = {torch.float16: 0, torch.bfloat16: 1}
@@ -93,7 +91,7 @@ def _open(device: torch.device) -> c_void_p | str:
         return f"the native library cannot be loaded ({error}): `albert-fast build --force` makes it anew"
     products, said = c_void_p(), ctypes.create_string_buffer(512)
     path = _key(device)[0]
-    with _current(device):
+    with devices.current(device):
         code = functions.albert_products_open(path.encode() or None, ctypes.byref(products), said, len(said))
     if code == 0:
         return products
@@ -129,11 +127,6 @@ def version(device: torch.device) -> int:
     return _functions().albert_products_version(_opened[_key(device)])
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one: a handle of cuBLASLt belongs to one device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 _ALIGNED = 256  # a workspace
 
 
@@ -167,12 +160,11 @@ class Product:
         """
         products = _opened[_key(self.device)]
         size = _workspace_bytes(self.device)
-        with _current(self.device):
+        with devices.current(self.device):
             # Belongs to the stream, and to the graph that is captured: the allocator sees to both.
             workspace = torch.empty(size + _ALIGNED - 1, dtype=torch.uint8, device=self.device)
             address = -(-workspace.data_ptr() // _ALIGNED) * _ALIGNED
-            stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
-            place = ctypes.byref(_Place(address, size, stream))
+            place = ctypes.byref(_Place(address, size, devices.stream_of(self.device)))
             function = getattr(_functions(), f"albert_products_{self.name}")
             code = function(products, place, _CODES[self.dtype], *self._arguments)
         if code in (_UNALIGNED, _UNSUPPORTED):

@@ -8,7 +8,6 @@ With ALBERT_FAST_CUDA_ON_CPU=1 it serves CPU tensors, slowly, for tests.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from albert_fast import backends, native_cuda
+from albert_fast import backends, devices, native_cuda
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions
 
 # csrc/cuda/resident_encoder.h
@@ -122,7 +121,7 @@ def _shape(
 
 
 def _plan_error(library: ctypes.CDLL, device: torch.device, shape: native_cuda.Shape) -> int:
-    with _on(device):
+    with devices.current(device):
         return library.albert_resident_plan_of(shape, native_cuda.ResidentPlan())
 
 
@@ -142,10 +141,6 @@ def _shape_for(
 
 
 _fit_alone: dict[tuple[Any, ...], bool] = {}
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,9 +186,8 @@ def encoder_inference(
         output=output.data_ptr(),
         workspace=workspace.data_ptr(),
     )
-    with _on(hidden.device):
-        stream = torch.cuda.current_stream().cuda_stream if hidden.is_cuda else None
-        error = library.albert_resident_encoder(arguments, stream)
+    with devices.current(hidden.device):
+        error = library.albert_resident_encoder(arguments, devices.stream_of(hidden.device))
     if error:
         raise RuntimeError(f"the resident encoder on {hidden.device}: {library.albert_cuda_error(error).decode()}")
     return states

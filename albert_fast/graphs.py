@@ -9,9 +9,8 @@ batches. Batches that fill a shape and come without a mask have a graph of their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class GraphedModel(nn.Module):
         self.model = model
         self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
-        self._addresses: list[int] = []
+        self._places = _Places(model)
 
     def forward(
         self,
@@ -88,7 +87,11 @@ class GraphedModel(nn.Module):
             ValueError, TypeError: an argument does not fit, or no shape holds the batch; the message names it.
         """
         check_tensor("input_ids", input_ids, (None, None), dtype=(torch.int64, torch.int32))
-        check(input_ids.device == self.model.device, f"input_ids is on {input_ids.device}, the model elsewhere")
+        model = self.model
+        if self._places.changed():
+            self._recorded.clear()
+            self._places = _Places(model)
+        check(input_ids.device == self._places.device, f"input_ids is on {input_ids.device}, the model elsewhere")
         batch, length = input_ids.shape
         shape = self._shape_for(batch, length)
         if attention_mask is not None and attention_mask.dtype != input_ids.dtype:
@@ -111,11 +114,11 @@ class GraphedModel(nn.Module):
             )
         attentions = options.get("output_attentions")
         check(
-            not (self.model.config.output_attentions if attentions is None else attentions),
+            not (model.config.output_attentions if attentions is None else attentions),
             "output_attentions is True; the attention's probabilities come from the reference, which waits for values "
             "on the host: call the model itself for them",
         )
-        training = self.model.training and torch.is_grad_enabled()
+        training = model.training and torch.is_grad_enabled()
         check(not training or labels is not None, "labels is None; in training mode the graph computes the loss")
         # Whole rows and no mask: such a graph packs nothing.
         whole = attention_mask is None and (batch, length) == shape
@@ -135,28 +138,44 @@ class GraphedModel(nn.Module):
     def _record(
         self, shape: tuple[int, int], whole: bool, tensors: dict[str, Tensor], options: dict[str, Any], training: bool
     ) -> _Recorded:
-        addresses: list[int] = []
-        _add_addresses(addresses, self.model)
-        if addresses != self._addresses:
-            self._recorded.clear()
-            self._addresses = addresses
-        device = self.model.device.type
+        model = self.model
+        device = self._places.device.type
         # A mask that is not given is one of ones, or none.
         kinds = tuple((name, t.dtype, t.dim()) for name, t in tensors.items() if name != "attention_mask")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (shape, whole, kinds, tuple(sorted(options.items())), training, self.model.training, autocast)
+        key = (shape, whole, kinds, tuple(sorted(options.items())), training, model.training, autocast)
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(self.model, shape, whole, tensors, options, training)
+            self._recorded[key] = _Recorded(model, shape, whole, tensors, options, training)
         return self._recorded[key]
 
 
-def _add_addresses(found: list[int], module: nn.Module) -> None:
-    """Of all parameters and buffers: each call asks, and `parameters()` takes three times as long."""
-    for tensors in (module._parameters, module._buffers):
-        found += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
-    for child in module._modules.values():
-        if child is not None:
-            _add_addresses(found, child)
+class _Places:
+    """Where all parameters and buffers of a model lie. Each call asks whether they still do: a walk through the modules
+    would take longer than the kernels of a short text."""
+
+    def __init__(self, model: AlbertPreTrainedModel) -> None:
+        self.device = model.device
+        modules = [*model.modules()]
+        self._holders: list[Mapping[str, Any]] = [
+            names for module in modules for names in (module._modules, module._parameters, module._buffers)
+        ]
+        found = [(names, name, value) for names in self._holders for name, value in names.items()]
+        self._counts = [*map(len, self._holders)]
+        self._others = [(names, name) for names, name, value in found if not isinstance(value, Tensor)]
+        self._values = [value for _, _, value in found if not isinstance(value, Tensor)]  # modules, and None
+        self._tensors = [(names, name) for names, name, value in found if isinstance(value, Tensor)]
+        self._addresses = [value.data_ptr() for _, _, value in found if isinstance(value, Tensor)]
+
+    def changed(self) -> bool:
+        """Whether a tensor lies elsewhere, or there are other tensors or modules."""
+        try:
+            return (
+                [names[name].data_ptr() for names, name in self._tensors] != self._addresses
+                or [names[name] for names, name in self._others] != self._values
+                or [*map(len, self._holders)] != self._counts
+            )
+        except (KeyError, AttributeError):  # one is gone, or None
+            return True
 
 
 class _Recorded:
@@ -257,9 +276,11 @@ def _cut(outputs: Any, rows: int, columns: int, shape: tuple[int, int]) -> Any:
     def cut(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(cut(name, item) for item in value)
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value.clone() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0 or (rows, columns) == shape:
+            return value.clone()
         of_tokens = name in _OF_TOKENS or (value.dim() == 3 and value.shape[:2] == shape)
         return value[:rows, :columns].clone() if of_tokens else value[:rows].clone()
 
-    return replace(outputs, **{field.name: cut(field.name, getattr(outputs, field.name)) for field in fields(outputs)})
+    return type(outputs)(**{name: cut(name, value) for name, value in vars(outputs).items()})

@@ -518,6 +518,17 @@ WHOLE_ROWS_TILES = {
 }
 
 
+def _padded(tokens_q: int, batch: int) -> int:
+    return (tokens_q // PADDING.value + batch) * PADDING.value
+
+
+def memory_between(query: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """What the first of two kernels leaves for the second: exponent and delta of each row of scores, float32."""
+    tokens_q, heads, _ = query.shape
+    exponent, delta = query.new_empty(2, heads, _padded(tokens_q, batch), dtype=torch.float32)
+    return exponent, delta
+
+
 def attention_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -531,9 +542,10 @@ def attention_backward(
     max_seqlen_k: int,
     options: AttentionOptions,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    between: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; written to `grads` where they are given, of any strides but for the last
-    dimension's."""
+    dimension's. `between`: `memory_between` of the call, which otherwise is made here."""
     (tokens_q, heads, head_dim), tokens_k = query.shape, key.shape[0]
     batch = cu_seqlens_q.numel() - 1
     if grads is None:
@@ -547,8 +559,7 @@ def attention_backward(
         dropout.limit(options.dropout_p),
         1.0 / (1.0 - options.dropout_p),
     )
-    padded_q = (tokens_q // PADDING.value + batch) * PADDING.value
-    sizes = (tokens_q, tokens_k, batch, heads, max_seqlen_q, max_seqlen_k, padded_q)
+    sizes = (tokens_q, tokens_k, batch, heads, max_seqlen_q, max_seqlen_k, _padded(tokens_q, batch))
     offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     masks = (options.bias, options.seed if options.dropout_p > 0.0 else None)
     constants = {
@@ -576,7 +587,7 @@ def attention_backward(
     whole = whole_tiles is not None
     exponent = delta = None
     if not whole:
-        exponent, delta = query.new_empty(2, heads, padded_q, dtype=torch.float32)
+        exponent, delta = memory_between(query, batch) if between is None else between
         launch(
             grad_query_kernel,
             lambda blocks: (heads * slots(tokens_q, batch, max_seqlen_q, blocks["BLOCK_M"]),),

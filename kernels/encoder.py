@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from albert_fast.kernels import encoder_few_tokens as few_tokens
-from albert_fast.kernels.attention_backward import attention_backward
+from albert_fast.kernels.attention_backward import attention_backward, memory_between
 from albert_fast.kernels.attention_forward import attention
 from albert_fast.kernels.bias_gelu import programs_of as gelu_programs
 from albert_fast.kernels.column_sum import column_sum
@@ -32,7 +32,9 @@ from albert_fast.kernels.column_sum import programs_of as strip_sum_programs
 from albert_fast.kernels.dropout_add_layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
 from albert_fast.kernels.launch import cdiv, memory_bytes
 from albert_fast.kernels.layer_norm_backward import programs_of as layer_norm_programs
-from albert_fast.kernels.products import activation_gradient, add_weight_gradient, linear_activation
+from albert_fast.kernels.products import Products
+from albert_fast.kernels.repeated import Repeated
+from albert_fast.ops.attention import AttentionOptions
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
@@ -150,13 +152,18 @@ class _Loop:
         self.tokens, self.width = hidden.shape
         self.intermediate = parameters[10].shape[0]
         self.form = FUSED_ACTIVATIONS[options.activation]
-        self.rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        self.dropout = {
-            "dropout_p": options.hidden_dropout_p,
-            "seed": options.seed,
-            "cu_seqlens": cu_seqlens,
-        }
+        self.products = Products(hidden, self.form)
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.like = hidden
+        self.between: tuple[Tensor, Tensor] | tuple[None, None] = None, None  # of backward
+        dropout_p, eps = options.hidden_dropout_p, options.eps
+        of_attention = options.attention(0, self.width // options.num_heads)
+        self.attention = Repeated(functools.partial(_attention, of_attention, max_seqlen))
+        self.attention_backward = Repeated(functools.partial(_attention_backward, of_attention, max_seqlen))
+        self.norm = Repeated(functools.partial(_norm, eps, dropout_p))
+        self.norm_in_place = Repeated(functools.partial(_norm_in_place, eps))
+        self.norm_backward = Repeated(functools.partial(_norm_backward, 0.0))
+        self.attention_norm_backward = Repeated(functools.partial(_norm_backward, dropout_p))
 
     def empty(self, columns: int, *leading: int) -> Tensor:
         return self.like.new_empty(*leading, self.tokens, columns)
@@ -166,9 +173,6 @@ class _Loop:
         heads = self.options.num_heads
         query, key, value = qkv.view(self.tokens, 3, heads, self.width // heads).unbind(1)
         return query, key, value
-
-    def attention_options(self, index: int):  # type: ignore[no-untyped-def]
-        return self.options.attention(index, self.width // self.options.num_heads)
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -181,44 +185,17 @@ class _Loop:
         """y = layer(x). `wide` [tokens, intermediate] receives the activations; None where `kept.inner` may."""
         layer = self.layers[self.layer_of_pass[index]]
         torch.addmm(layer.qkv_bias, x, layer.qkv_weight.t(), out=kept.qkv)
-        attention(
-            *self.split(kept.qkv),
-            *self.rows,
-            self.attention_options(index),
-            out=kept.context,
-            logsumexp=kept.logsumexp,
+        seed, site = self.options.seed, 1 + 2 * index
+        self.attention(
+            *self.split(kept.qkv), kept.context, kept.logsumexp, self.cu_seqlens, self.options.bias, seed, site=site
         )
         torch.mm(kept.context, layer.dense_weight.t(), out=y)
-        layer_norm_forward(
-            y,
-            layer.dense_bias,
-            x,
-            layer.attention_norm_weight,
-            layer.attention_norm_bias,
-            eps=self.options.eps,
-            site=2 + 2 * index,
-            **self.dropout,
-            out=h,
-            summed=kept.summed,
-            statistics=kept.statistics[0],
-        )
+        weights = layer.dense_bias, layer.attention_norm_weight, layer.attention_norm_bias
+        self.norm(y, x, *weights, h, kept.summed, kept.statistics[0], self.cu_seqlens, seed, site=site + 1)
         activated = self.activate(h, layer, kept, wide)
         torch.mm(activated, layer.ffn_output_weight.t(), out=y)
-        layer_norm_forward(
-            y,
-            layer.ffn_output_bias,
-            h,
-            layer.norm_weight,
-            layer.norm_bias,
-            eps=self.options.eps,
-            dropout_p=0.0,
-            seed=None,
-            site=0,
-            cu_seqlens=None,
-            out=y,
-            summed=kept.output_summed,
-            statistics=kept.statistics[1],
-        )
+        weights = layer.ffn_output_bias, layer.norm_weight, layer.norm_bias
+        self.norm_in_place(y, h, *weights, kept.output_summed, kept.statistics[1])
 
     def activate(self, h: Tensor, layer: _Layer, kept: _Kept, wide: Tensor | None) -> Tensor:
         """act(h ffnᵀ + bias), in one product where nothing is kept and cuBLAS has the activation.
@@ -230,7 +207,7 @@ class _Loop:
             use_gelu = self.form == "tanh"
             return torch._addmm_activation(layer.ffn_bias, h, layer.ffn_weight.t(), use_gelu=use_gelu, out=kept.inner)
         out = kept.inner if wide is None else wide
-        return linear_activation(h, layer.ffn_weight, layer.ffn_bias, self.form, kept.inner, out)
+        return self.products.linear_activation(h, layer.ffn_weight, layer.ffn_bias, kept.inner, out)
 
     # ------------------------------------------------------------------------------------------------------ backward
 
@@ -256,62 +233,151 @@ class _Loop:
         the way. Those of vectors are added to `sums`, what those of matrices need goes to `gathered`. `output` receives
         the pass's output; None where nobody needs it."""
         layer = self.layers[self.layer_of_pass[index]]
-        grad_output, _ = layer_norm_backward(
-            grad,
-            kept.output_summed,
-            layer.norm_weight,
-            kept.statistics[1],
-            sums.norm,
-            more=more,
-            ln_bias=layer.norm_bias,
-            dropout_p=0.0,
-            seed=None,
-            site=0,
-            cu_seqlens=None,
-            grad_residual=gathered.grad_output,
-            normed=output,
-        )
+        grad_output = gathered.grad_output
+        of_norm = kept.output_summed, layer.norm_weight, layer.norm_bias, kept.statistics[1]
+        self.norm_backward(grad, more, *of_norm, sums.norm, grad_output, None, output, None, None)
         inner = kept.inner
         if inner is None:
             h = layer_norm_apply(
                 kept.summed, layer.attention_norm_weight, layer.attention_norm_bias, kept.statistics[0]
             )
             inner = torch.addmm(layer.ffn_bias, h, layer.ffn_weight.t())
-        activation_gradient(
+        self.products.activation_gradient(
             grad_output,
             layer.ffn_output_weight,
             inner,
-            self.form,
             grad_inner=gathered.grad_inner,
             activated=gathered.activated,
             partials=sums.ffn_bias,
         )
         grad_h = gathered.grad_inner @ layer.ffn_weight
-        dropped = self.options.hidden_dropout_p > 0.0
-        grad_sum, _ = layer_norm_backward(
-            grad_h,
-            kept.summed,
-            layer.attention_norm_weight,
-            kept.statistics[0],
-            sums.attention_norm,
-            more=grad_output,
-            ln_bias=layer.attention_norm_bias,
-            site=2 + 2 * index,
-            **self.dropout,
-            grad_residual=grad_h if dropped else gathered.grad_projected,
-            grad_x=gathered.grad_projected if dropped else None,
-            normed=gathered.h,
-        )
-        attention_backward(
-            gathered.grad_projected @ layer.dense_weight,
+        # Without dropout the gradient of the sum is that of the product before it, too.
+        dropped, projected = self.options.hidden_dropout_p > 0.0, gathered.grad_projected
+        of_norm = kept.summed, layer.attention_norm_weight, layer.attention_norm_bias, kept.statistics[0]
+        written = sums.attention_norm, *((None, projected) if dropped else (projected, None)), gathered.h
+        seed, site = self.options.seed, 1 + 2 * index
+        self.attention_norm_backward(grad_h, grad_output, *of_norm, *written, self.cu_seqlens, seed, site=site + 1)
+        self.attention_backward(
+            projected @ layer.dense_weight,
             *self.split(kept.qkv),
             kept.context,
             kept.logsumexp,
-            *self.rows,
-            self.attention_options(index),
-            grads=self.split(gathered.grad_qkv),
+            *self.split(gathered.grad_qkv),
+            *self.between,
+            self.cu_seqlens,
+            self.options.bias,
+            seed,
+            site=site,
         )
-        return gathered.grad_qkv @ layer.qkv_weight, grad_sum
+        return gathered.grad_qkv @ layer.qkv_weight, grad_h if dropped else projected
+
+
+# The loop's kernels as `Repeated` calls them: what they read and write, and the site of their masks.
+
+
+def _attention(
+    options: AttentionOptions,
+    max_seqlen: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    site: int,
+) -> None:
+    options = options._replace(bias=bias, seed=seed, site=site)
+    rows = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    attention(query, key, value, *rows, options, out=out, logsumexp=logsumexp)
+
+
+def _attention_backward(
+    options: AttentionOptions,
+    max_seqlen: int,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    exponent: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    site: int,
+) -> None:
+    options = options._replace(bias=bias, seed=seed, site=site)
+    rows = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    grads, between = (grad_query, grad_key, grad_value), (exponent, delta)
+    attention_backward(grad, query, key, value, output, logsumexp, *rows, options, grads=grads, between=between)
+
+
+def _norm(
+    eps: float,
+    dropout_p: float,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    y: Tensor,
+    summed: Tensor,
+    statistics: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    *,
+    site: int,
+) -> None:
+    dropout = {"dropout_p": dropout_p, "seed": seed, "site": site, "cu_seqlens": cu_seqlens}
+    written = {"out": y, "summed": summed, "statistics": statistics}
+    layer_norm_forward(x, bias, residual, weight, norm_bias, eps=eps, **dropout, **written)
+
+
+def _norm_in_place(
+    eps: float,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    summed: Tensor,
+    statistics: Tensor,
+    *,
+    site: int,
+) -> None:
+    written = {"out": x, "summed": summed, "statistics": statistics}
+    layer_norm_forward(x, bias, residual, weight, norm_bias, eps=eps, **written)
+
+
+def _norm_backward(
+    dropout_p: float,
+    grad: Tensor,
+    more: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    statistics: Tensor,
+    partials: Tensor,
+    grad_residual: Tensor | None,  # None: in place of grad
+    grad_x: Tensor | None,
+    normed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *,
+    site: int,
+) -> None:
+    grad_residual = grad if grad_residual is None else grad_residual
+    dropout = {"dropout_p": dropout_p, "seed": seed, "site": site, "cu_seqlens": cu_seqlens}
+    written = {"grad_residual": grad_residual, "grad_x": grad_x, "normed": normed}
+    layer_norm_backward(grad, summed, weight, statistics, partials, more=more, ln_bias=norm_bias, **dropout, **written)
 
 
 class _Gathered(NamedTuple):
@@ -355,6 +421,7 @@ class _LayerGradients:
         # Of weight and bias of a LayerNorm and of the bias before it; of a bias; of the biases of query and value.
         self.norm, self.attention_norm, self.ffn_bias, self.qv_bias = map(Tensor.view, parts, shapes)
         self.matrices: dict[str, Tensor] = {}
+        self._products = loop.products
 
     def add(self, gathered: _Gathered, context: Tensor) -> None:
         """Of a run of passes [passes, tokens, …]."""
@@ -368,7 +435,8 @@ class _LayerGradients:
         sums = {"qkv": self.qv_bias}
         for name, (grad, x) in products.items():
             total = self.matrices.get(name)
-            self.matrices[name] = add_weight_gradient(total, grad.flatten(0, 1), x.flatten(0, 1), sums.get(name))
+            factors = grad.flatten(0, 1), x.flatten(0, 1)
+            self.matrices[name] = self._products.add_weight_gradient(total, *factors, sums.get(name))
 
     def by_parameter(self) -> list[Tensor]:
         """In the order of a layer's parameters; some are views of one tensor."""
@@ -483,6 +551,7 @@ def encoder_backward(
     gradients = [_LayerGradients(loop) for _ in loop.layers]
     runs = list(_runs(loop.layer_of_pass, _most_gathered(loop)))
     gathered = _Gathered.empty(loop, max(last - first for first, last in runs))
+    loop.between = memory_between(loop.split(gathered.grad_qkv[0])[0], cu_seqlens.numel() - 1)
     if options.recompute == "layer":
         again, context = loop.forward_memory(), loop.empty(loop.width, gathered.x.shape[0])
         y, h = loop.empty(loop.width), loop.empty(loop.width)

@@ -23,6 +23,7 @@ ALBERT_FAST_FEW_TOKENS=0 never takes this way, 1 wherever it serves.
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from albert_fast.kernels.few_tokens_attention import serves as attention_serves
 from albert_fast.kernels.few_tokens_product import GROUP, Workspace, few_tokens_product
 from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import block_of, row_tiles
+from albert_fast.kernels.repeated import Repeated
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 MOST_TOKENS = 256  # beyond, cuBLAS's larger tiles read less
@@ -88,7 +90,7 @@ class _Folded(NamedTuple):
 
     weight: Tensor  # [out, in], of the products' dtype
     bias: Tensor  # float32 [out]
-    sums: Tensor  # float32 [out]
+    sums: Tensor | None  # float32 [out]; None without a LayerNorm
 
 
 @triton.jit(do_not_specialize=["inner", "count"])
@@ -236,70 +238,139 @@ def encoder_few_tokens(
         )
         ffn.setdefault(now, of_ffn)
 
-    qkv, context = hidden.new_empty(tokens, 3 * width), hidden.new_empty(tokens, width)
-    summed, inner = hidden.new_empty(tokens, width), hidden.new_empty(tokens, inner_width)
-    # float32 [mean or squared deviations, tokens, groups of columns] of `summed` and of the pass's output sum
+    qkv = hidden.new_empty(tokens, 3 * width)
+    query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
+    few_tokens = attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads))
     statistics, output_statistics = hidden.new_empty(2, 2, tokens, cdiv(width, GROUP), dtype=torch.float32)
+    of_any_lengths = query, key, value, hidden.new_empty(heads, tokens, dtype=torch.float32)
+    memory = _Memory(
+        qkv,
+        *((None, None, None, None) if few_tokens else of_any_lengths),
+        context=hidden.new_empty(tokens, width),
+        summed=hidden.new_empty(tokens, width),
+        inner=hidden.new_empty(tokens, inner_width),
+        statistics=statistics,
+        output_statistics=output_statistics,
+        partials=workspace.partials,
+        counters=workspace.counters,
+        cu_seqlens=cu_seqlens,
+        bias=options.bias,
+        seed=options.seed,
+    )
     states = hidden.new_empty(len(order) + 1 if options.return_all else 1, tokens, width)
     if options.return_all:
         states[0].copy_(hidden)
     sums = [*states[1:]] if options.return_all else [states[0]] * len(order)
 
-    query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
-    rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    few_tokens = attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads))
-    logsumexp = None if few_tokens else hidden.new_empty(heads, tokens, dtype=torch.float32)
-    common: dict[str, Any] = {"eps": options.eps, "workspace": workspace}
+    one_pass = Repeated(partial(_one_pass, options, max_seqlen))
     x, last = hidden, None  # the pass's input: through the LayerNorm of the layer `last`, where there is one
     for index, (now, output) in enumerate(zip(order, sums, strict=True)):
-        layer, norm = layers[now], None
-        if last is None:
-            few_tokens_product(x, *plain, qkv, **common)
-        else:
-            folded, norm = qkv_after[last, now], (layers[last].norm_weight, layers[last].norm_bias)
-            few_tokens_product(
-                x, folded.weight, folded.bias, qkv, weight_sums=folded.sums, statistics=output_statistics, **common
-            )
-        attention_options = options.attention(index, width // heads)
-        if few_tokens:
-            few_tokens_attention(qkv, cu_seqlens, heads, attention_options.scale, context)
-        else:
-            attention(query, key, value, *rows, attention_options, out=context, logsumexp=logsumexp)
-        few_tokens_product(
-            context,
-            layer.dense_weight,
-            layer.dense_bias,
-            summed,
-            residual=x,
-            norm=norm,
-            statistics=None if norm is None else output_statistics,
-            new_statistics=statistics,
-            **common,
-        )
-        few_tokens_product(
-            summed,
-            ffn[now].weight,
-            ffn[now].bias,
-            inner,
-            weight_sums=ffn[now].sums,
-            statistics=statistics,
-            form=FUSED_ACTIVATIONS[options.activation],
-            **common,
-        )
-        few_tokens_product(
-            inner,
-            layer.ffn_output_weight,
-            layer.ffn_output_bias,
-            output,
-            residual=summed,
-            norm=(layer.attention_norm_weight, layer.attention_norm_bias),
-            statistics=statistics,
-            new_statistics=output_statistics,
-            **common,
-        )
+        folded = _Folded(*plain, None) if last is None else qkv_after[last, now]
+        norm = (None, None) if last is None else (layers[last].norm_weight, layers[last].norm_bias)
+        weights = _Weights(*folded, *norm, *ffn[now], *layers[now][6:10], *layers[now][12:14])
+        one_pass(x, None if output is x else output, *weights, *memory, site=1 + 2 * index)
         x, last = output, now
 
     for index in range(len(order)) if options.return_all else (len(order) - 1,):
         layer, output = layers[order[index]], sums[index]
         layer_norm_forward(output, None, None, layer.norm_weight, layer.norm_bias, eps=options.eps, out=output)
     return states if options.return_all else states[0]
+
+
+class _Weights(NamedTuple):
+    """Of a pass."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    qkv_sums: Tensor | None  # None in the first pass, whose input needs no LayerNorm
+    norm_weight: Tensor | None  # of the LayerNorm of the pass before; likewise
+    norm_bias: Tensor | None
+    ffn_weight: Tensor
+    ffn_bias: Tensor
+    ffn_sums: Tensor
+    dense_weight: Tensor
+    dense_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    ffn_output_weight: Tensor
+    ffn_output_bias: Tensor
+
+
+class _Memory(NamedTuple):
+    """What all passes write and read."""
+
+    qkv: Tensor  # [tokens, 3 width]
+    query: Tensor | None  # views of it, and logsumexp [heads, tokens], where attention is that of any lengths
+    key: Tensor | None
+    value: Tensor | None
+    logsumexp: Tensor | None
+    context: Tensor  # [tokens, width]
+    summed: Tensor  # [tokens, width]
+    inner: Tensor  # [tokens, inner]
+    statistics: Tensor  # float32 [mean or squared deviations, tokens, groups of columns] of `summed`
+    output_statistics: Tensor  # and of the pass's output sum
+    partials: Tensor  # `Workspace`
+    counters: Tensor
+    cu_seqlens: Tensor
+    bias: Tensor | None
+    seed: Tensor | None
+
+
+def _one_pass(
+    options: EncoderOptions, max_seqlen: int, x: Tensor, output: Tensor | None, *tensors: Any, site: int
+) -> None:
+    """As `Repeated` calls it. `output`: None for in place of x."""
+    weights, memory = _Weights(*tensors[: len(_Weights._fields)]), _Memory(*tensors[len(_Weights._fields) :])
+    width, heads = x.shape[1], options.num_heads
+    of_attention = options.attention(0, width // heads)._replace(bias=memory.bias, seed=memory.seed, site=site)
+    common: dict[str, Any] = {"eps": options.eps, "workspace": Workspace(memory.partials, memory.counters)}
+    first = weights.qkv_sums is None
+    norm = None if first else (weights.norm_weight, weights.norm_bias)
+    before = None if first else memory.output_statistics
+    few_tokens_product(
+        x,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        memory.qkv,
+        weight_sums=weights.qkv_sums,
+        statistics=before,
+        **common,
+    )
+    if memory.logsumexp is None:
+        few_tokens_attention(memory.qkv, memory.cu_seqlens, heads, of_attention.scale, memory.context)
+    else:
+        rows = (memory.cu_seqlens, memory.cu_seqlens, max_seqlen, max_seqlen)
+        views = memory.query, memory.key, memory.value
+        attention(*views, *rows, of_attention, out=memory.context, logsumexp=memory.logsumexp)
+    few_tokens_product(
+        memory.context,
+        weights.dense_weight,
+        weights.dense_bias,
+        memory.summed,
+        residual=x,
+        norm=norm,
+        statistics=before,
+        new_statistics=memory.statistics,
+        **common,
+    )
+    few_tokens_product(
+        memory.summed,
+        weights.ffn_weight,
+        weights.ffn_bias,
+        memory.inner,
+        weight_sums=weights.ffn_sums,
+        statistics=memory.statistics,
+        form=FUSED_ACTIVATIONS[options.activation],
+        **common,
+    )
+    few_tokens_product(
+        memory.inner,
+        weights.ffn_output_weight,
+        weights.ffn_output_bias,
+        x if output is None else output,
+        residual=memory.summed,
+        norm=(weights.attention_norm_weight, weights.attention_norm_bias),
+        statistics=memory.statistics,
+        new_statistics=memory.output_statistics,
+        **common,
+    )

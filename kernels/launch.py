@@ -8,23 +8,25 @@ interpreter runs it, a GPU does, or, under `recording`, nothing runs and what wo
 from __future__ import annotations
 
 import functools
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import AsyncCompileMode
+from triton import AsyncCompileMode, knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
+from albert_fast import devices
 from albert_fast.kernels import tuning
 
 ARCHITECTURES = (80, 90, 100)
@@ -144,30 +146,62 @@ def launch(
     if _recorded is not None:
         names = [name for name in kernel.arg_names if name not in constants and name not in tiles.interpreter.blocks]
         _recorded.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, tiles, dtype, grid))
+        _note(None)
         return
 
     if isinstance(kernel, InterpretedFunction):
         blocks = tiles.interpreter.blocks
         if all(grid(blocks)):
             kernel[grid(blocks)](*arguments, **constants, **tiles.interpreter.options)
+        _note(None)
         return
     device = arguments[0].device
-    with _current(device):
-        form = _form(kernel, arguments)  # of a kernel that lives on: its id is quicker to look up
-        call = (id(kernel), device, id(tiles), dtype, key, *constants.values(), tuning.enabled(), form)
+    with devices.current(device):
+        call = (*_form(kernel, arguments), device, id(tiles), dtype, key, tuning.enabled(), *constants.values())
         started = _started.get(call)
         if started is None:
             started = _find_and_start(kernel, grid, arguments, tiles, dtype, key, constants, device, in_cache)
             if started is not None:
                 _started[call] = started
+            _note(None)
             return
         programs = grid(started.blocks)
         if all(programs):
-            stream = driver.active.get_current_stream(device.index)
-            started.compiled[(*programs, 1, 1)](*arguments, *started.constants, stream=stream)
+            x, y, z = (*programs, 1, 1)[:3]
+            start(started, (x, y, z), arguments, stream_of(device))
+            _note(Start(started, (x, y, z), arguments, kernel))
 
 
-class _Started(NamedTuple):
+class Start(NamedTuple):
+    """A kernel that was started."""
+
+    started: Started
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    kernel: Any
+
+
+_noted: ContextVar[list[Start | None] | None] = ContextVar("_noted", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[list[Start | None]]:
+    """What `launch` starts inside, in this thread; None for what cannot be started again without it."""
+    starts: list[Start | None] = []
+    token = _noted.set(starts)
+    try:
+        yield starts
+    finally:
+        _noted.reset(token)
+
+
+def _note(entry: Start | None) -> None:
+    starts = _noted.get()
+    if starts is not None:
+        starts.append(entry)
+
+
+class Started(NamedTuple):
     """What a call was started with. Triton finds it anew each time, and takes longer for that than some kernels do."""
 
     compiled: CompiledKernel
@@ -175,26 +209,49 @@ class _Started(NamedTuple):
     constants: tuple[Any, ...]  # of all constexpr arguments, in the kernel's order
 
 
-_started: dict[tuple[Any, ...], _Started] = {}
+_started: dict[tuple[Any, ...], Started] = {}
+
+
+def start(started: Started, grid: tuple[int, int, int], arguments: Sequence[Any], stream: int) -> None:
+    """As `compiled[grid](*arguments)` does, without what only hooks need: a profiler's, which rarely are any."""
+    compiled, hooks = started.compiled, knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains, or what somebody put in their place
+        compiled[grid](*arguments, *started.constants, stream=stream)
+    else:
+        what, unseen = (compiled.function, compiled.packed_metadata), (None, None, None)
+        compiled.run(*grid, stream, *what, *unseen, *arguments, *started.constants)
 
 
 def _form(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Triton compiles different code for: dtypes, whether pointers are multiples of 16 bytes, integers (it looks
-    for 1 and multiples of 16), and whether those that it is told not to specialize on have 32 bits."""
+    """What Triton compiles different code for: the kernel, types and dtypes, whether pointers are multiples of 16
+    bytes, integers (it looks for 1 and multiples of 16), and whether those that it is told not to specialize on have
+    32 bits."""
     types = tuple(map(type, arguments))
     places = _places.get((id(kernel), types))
     if places is None:
         places = _places[id(kernel), types] = _Places.find(kernel, arguments)
     tensors, others = places.tensors(arguments), places.others(arguments)
-    dtypes, addresses, high = [], 0, 0
-    for tensor in tensors:
-        dtypes.append(tensor.dtype)
-        addresses |= tensor.data_ptr()
-    for integer in others:
-        high |= integer >> 31
-    aligned = addresses % 16 == 0 or tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
-    wide = high and tuple([integer >> 31 for integer in others])
-    return types, tuple(dtypes), aligned, places.specialized(arguments), wide
+    # Loops in C over what all have together: a bit that is not set is set in none.
+    aligned = reduce(or_, map(Tensor.data_ptr, tensors)) % 16 == 0
+    wide = reduce(or_, others, 0) >> 31
+    return (
+        id(places),
+        *map(_DTYPE_OF, tensors),
+        aligned or tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors]),
+        places.specialized(arguments),
+        wide and tuple([integer >> 31 for integer in others]),
+    )
+
+
+_DTYPE_OF = attrgetter("dtype")
+
+
+def taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What takes the elements at these places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda elements: tuple([elements[place] for place in places])
 
 
 class _Places(NamedTuple):
@@ -207,11 +264,6 @@ class _Places(NamedTuple):
 
     @classmethod
     def find(cls, kernel: Any, arguments: tuple[Any, ...]) -> _Places:
-        def taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-            if len(places) > 1:
-                return operator.itemgetter(*places)
-            return lambda arguments: tuple([arguments[place] for place in places])
-
         tensors = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
         integers = [place for place, argument in enumerate(arguments) if type(argument) is int]
         free = [place for place in integers if kernel.params[place].do_not_specialize]
@@ -232,7 +284,7 @@ def _find_and_start(
     constants: dict[str, Any],
     device: torch.device,
     in_cache: bool,
-) -> _Started | None:
+) -> Started | None:
     """Chooses a configuration, compiles the kernel where it is not, and starts it; returns what the next call of this
     form needs, or None where the choice was not a lasting one."""
     configs = tiles.of(architecture(device), dtype)
@@ -261,7 +313,7 @@ def _find_and_start(
     if not lasting or not isinstance(compiled, CompiledKernel):
         return None
     values = {**constants, **config.blocks}
-    return _Started(compiled, config.blocks, tuple(values[name] for name in kernel.arg_names[len(arguments) :]))
+    return Started(compiled, config.blocks, tuple(values[name] for name in kernel.arg_names[len(arguments) :]))
 
 
 def _compile_all(
@@ -275,8 +327,9 @@ def _compile_all(
             kernel.warmup(*arguments, grid=(1,), **constants, **config.options)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext()
+def stream_of(device: torch.device) -> int:
+    """The current one, for `start`."""
+    return driver.active.get_current_stream(device.index)
 
 
 @functools.cache

@@ -26,108 +26,156 @@ from albert_fast.kernels import tuning
 from albert_fast.kernels.bias_gelu import gelu, gelu_backward
 from albert_fast.kernels.column_sum import add_strip_sums
 from albert_fast.kernels.launch import architecture, next_power_of_2
+from albert_fast.kernels.repeated import Repeated
 
 FUSED, APART = "cuBLASLt", "apart"
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, form: str, inner: Tensor, out: Tensor) -> Tensor:
-    """inner = x weightᵀ + bias, out = act(inner).
+class Products:
+    """The products of one call of the encoder, whose passes all have the same sizes.
 
     Args:
-        x: [tokens, in], contiguous; all others alike.
-        weight, bias: [out, in] and [out].
-        inner, out: [tokens, out], written; `out` may be `inner`, which then is not kept.
-
-    Returns:
-        `out`.
+        like: [tokens, hidden]; its device and dtype are those of all matrices but the float32 ones.
+        form: of the activation.
     """
 
-    def fused() -> bool:
-        return cublaslt.linear_gelu(x, weight, bias, out, inner)()
+    def __init__(self, like: Tensor, form: str) -> None:
+        self._form = form
+        self._by_cublaslt = _serves(like)
+        self._ways: dict[tuple[object, ...], str] = {}
+        self._gelu = Repeated(functools.partial(_gelu, form))
+        self._gelu_backward = Repeated(functools.partial(_gelu_backward, form))
 
-    def apart() -> None:
-        torch.addmm(bias, x, weight.t(), out=inner)
-        gelu(inner, None, form, out=out)
+    def linear_activation(self, x: Tensor, weight: Tensor, bias: Tensor, inner: Tensor, out: Tensor) -> Tensor:
+        """inner = x weightᵀ + bias, out = act(inner).
 
-    if out is inner or form != "tanh" or not _serves(x):
-        apart()
-    else:
-        _run(linear_activation, x, weight.shape, fused, apart, (inner, out))
-    return out
+        Args:
+            x: [tokens, in], contiguous; all others alike.
+            weight, bias: [out, in] and [out].
+            inner, out: [tokens, out], written; `out` may be `inner`, which then is not kept.
 
+        Returns:
+            `out`.
+        """
 
-def activation_gradient(
-    grad: Tensor, weight: Tensor, inner: Tensor, form: str, grad_inner: Tensor, activated: Tensor, partials: Tensor
-) -> None:
-    """grad_inner = (grad weight) act'(inner), activated = act(inner), and the sums of grad_inner over strips of tokens.
+        def fused() -> bool:
+            return cublaslt.linear_gelu(x, weight, bias, out, inner)()
 
-    Args:
-        grad: [tokens, in], contiguous; all others alike.
-        weight: [in, out].
-        inner: [tokens, out], of `linear_activation`.
-        grad_inner, activated: [tokens, out], written.
-        partials: float32 [programs, out], added to as by `gelu_backward`. The sum over all tokens by cuBLASLt, which
-            rounds it to the dtype of `grad`, is added to the first row.
-    """
+        def apart() -> None:
+            torch.addmm(bias, x, weight.t(), out=inner)
+            self._gelu(inner, None if out is inner else out)
 
-    def apart() -> None:
-        torch.mm(grad, weight, out=grad_inner)
-        gelu_backward(grad_inner, inner, None, form, grad_x=grad_inner, activated=activated, partials=partials)
+        if out is inner or self._form != "tanh" or not self._by_cublaslt:
+            apart()
+        else:
+            self._run(Products.linear_activation, x, weight.shape, fused, apart, (inner, out))
+        return out
 
-    if form != "tanh" or not _serves(grad):
-        apart()
-        return
+    def activation_gradient(
+        self, grad: Tensor, weight: Tensor, inner: Tensor, grad_inner: Tensor, activated: Tensor, partials: Tensor
+    ) -> None:
+        """grad_inner = (grad weight) act'(inner), activated = act(inner), and the sums of grad_inner over strips of
+        tokens.
 
-    def fused() -> bool:
-        grad_bias = grad.new_empty(weight.shape[1])
-        if not cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)():
-            return False
-        gelu(inner, None, form, out=activated)  # the activations were not kept
-        partials[0].add_(grad_bias)
-        return True
+        Args:
+            grad: [tokens, in], contiguous; all others alike.
+            weight: [in, out].
+            inner: [tokens, out], of `linear_activation`.
+            grad_inner, activated: [tokens, out], written.
+            partials: float32 [programs, out], added to as by `gelu_backward`. The sum over all tokens by cuBLASLt,
+                which rounds it to the dtype of `grad`, is added to the first row.
+        """
 
-    _run(activation_gradient, grad, weight.shape, fused, apart, (grad_inner, activated, partials))
+        def apart() -> None:
+            torch.mm(grad, weight, out=grad_inner)
+            self._gelu_backward(grad_inner, inner, activated, partials)
 
+        if self._form != "tanh" or not self._by_cublaslt:
+            apart()
+            return
 
-def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor, partials: Tensor | None = None) -> Tensor:
-    """total + gradᵀ x in float32, in place, and the sums of parts of grad over strips of tokens.
+        def fused() -> bool:
+            grad_bias = grad.new_empty(weight.shape[1])
+            if not cublaslt.gelu_gradient(grad, weight, inner, grad_inner, grad_bias)():
+                return False
+            self._gelu(inner, activated)  # the activations were not kept
+            partials[0].add_(grad_bias)
+            return True
 
-    Args:
-        total: float32 [out, in]; None is zero.
-        grad: [tokens, out], contiguous.
-        x: [tokens, in], likewise.
-        partials: float32 [strips, 2, out / 3], added to as by `add_strip_sums`: the sums of the first third of grad's
-            columns, queries', and of the last, values'; or None.
+        self._run(Products.activation_gradient, grad, weight.shape, fused, apart, (grad_inner, activated, partials))
 
-    Returns:
-        `total`, or a new tensor.
-    """
-    accumulate = total is not None
-    if total is None:
-        total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+    def add_weight_gradient(
+        self, total: Tensor | None, grad: Tensor, x: Tensor, partials: Tensor | None = None
+    ) -> Tensor:
+        """total + gradᵀ x in float32, in place, and the sums of parts of grad over strips of tokens.
 
-    def thirds(rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (3, -1))[..., ::2, :]
+        Args:
+            total: float32 [out, in]; None is zero.
+            grad: [tokens, out], contiguous; as many tokens as are gathered.
+            x: [tokens, in], likewise.
+            partials: float32 [strips, 2, out / 3], added to as by `add_strip_sums`: the sums of the first third of
+                grad's columns, queries', and of the last, values'; or None.
 
-    def apart() -> None:
-        _add_product(total, grad, x, 1.0 if accumulate else 0.0)
-        if partials is not None:
-            add_strip_sums(thirds(grad), partials)
+        Returns:
+            `total`, or a new tensor.
+        """
+        accumulate = total is not None
+        if total is None:
+            total = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
 
-    # Without sums this is the product that PyTorch has.
-    if partials is None or not _serves(grad):
-        apart()
+        def thirds(rows: Tensor) -> Tensor:
+            return rows.unflatten(-1, (3, -1))[..., ::2, :]
+
+        def apart() -> None:
+            _add_product(total, grad, x, 1.0 if accumulate else 0.0)
+            if partials is not None:
+                add_strip_sums(thirds(grad), partials)
+
+        # Without sums this is the product that PyTorch has.
+        if partials is None or not self._by_cublaslt:
+            apart()
+            return total
+
+        def fused() -> bool:
+            grad_bias = total.new_empty(grad.shape[1])
+            if not cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)():
+                return False
+            partials[0].add_(thirds(grad_bias))
+            return True
+
+        widths = (*total.shape, accumulate)
+        self._run(Products.add_weight_gradient, grad, widths, fused, apart, (total, partials))
         return total
 
-    def fused() -> bool:
-        grad_bias = total.new_empty(grad.shape[1])
-        if not cublaslt.weight_gradient(grad, x, total, grad_bias, accumulate=accumulate)():
-            return False
-        partials[0].add_(thirds(grad_bias))
-        return True
+    def _run(
+        self,
+        what: Callable[..., object],
+        x: Tensor,
+        widths: Sequence[int],
+        fused: Callable[[], bool],
+        apart: Callable[[], None],
+        written: Sequence[Tensor],
+    ) -> None:
+        """Runs one of both; `apart` also where cuBLASLt has no algorithm after all."""
 
-    _run(add_weight_gradient, grad, (*total.shape, accumulate), fused, apart, (total, partials))
-    return total
+        def run(way: str) -> None:
+            if way == APART or not fused():
+                apart()
+
+        kind = (what, x.shape[0], *widths)
+        way = self._ways.get(kind)
+        if way is None:
+            way = self._ways[kind] = _choose(what, x, tuple(widths), run, written)
+        run(way)
+
+
+def _gelu(form: str, x: Tensor, out: Tensor | None, *, site: int) -> None:
+    gelu(x, None, form, out=x if out is None else out)
+
+
+def _gelu_backward(form: str, grad_x: Tensor, inner: Tensor, activated: Tensor, partials: Tensor, *, site: int) -> None:
+    """In place of the gradient of the output."""
+    gelu_backward(grad_x, inner, None, form, grad_x=grad_x, activated=activated, partials=partials)
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor, beta: float) -> None:
@@ -161,23 +209,6 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _run(
-    what: Callable[..., object],
-    x: Tensor,
-    widths: Sequence[int],
-    fused: Callable[[], bool],
-    apart: Callable[[], None],
-    written: Sequence[Tensor],
-) -> None:
-    """Runs one of both; `apart` also where cuBLASLt has no algorithm after all."""
-
-    def run(way: str) -> None:
-        if way == APART or not fused():
-            apart()
-
-    run(_choose(what, x, tuple(widths), run, written))
-
-
 def _choose(
     what: Callable[..., object],
     x: Tensor,
@@ -195,4 +226,4 @@ def _choose(
 
 
 def _by_rule(what: Callable[..., object], device: torch.device) -> bool:
-    return what is not activation_gradient and device.type == "cuda" and 90 <= architecture(device) < 120
+    return what is not Products.activation_gradient and device.type == "cuda" and 90 <= architecture(device) < 120

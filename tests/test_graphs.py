@@ -124,6 +124,34 @@ def test_follows_the_parameters(recorded, device):
     assert len(recorded) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "pooler", torch.nn.Linear(32, 32)),
+        lambda model: setattr(model, "pooler", None),
+        lambda model: setattr(model.encoder, "input_means", torch.zeros(3, 3 * 32 + 64)),
+        lambda model: model.embeddings.register_buffer("more", torch.zeros(1)),
+        lambda model: model.encoder.embedding_hidden_mapping_in.register_parameter("bias", None),
+    ],
+    ids=["another module", "no module", "a buffer that was None", "one more buffer", "no parameter"],
+)
+def test_another_model_is_recorded_again(change, recorded, device):
+    model = albert_fast.AlbertModel(config()).to(device).eval()
+    graphed = albert_fast.graphed(model, SHAPES)
+    inputs = batch(2, 9, device)
+    graphed(**inputs)
+    change(model)
+    model.to(device)
+    with torch.no_grad():
+        expected = model(**inputs)
+    for _ in range(2):
+        actual = graphed(**inputs)
+        assert actual.keys() == expected.keys()
+        for name in expected.keys():  # noqa: SIM118
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 2
+
+
 def test_a_mask_of_any_kind_or_none(recorded, device):
     model = albert_fast.AlbertModel(config()).to(device).eval()
     graphed = albert_fast.graphed(model, [(3, 12)])

@@ -6,7 +6,6 @@ few values, so that most have been seen before.
 
 import random
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +65,6 @@ def kernel(x, bias, tokens, stride, scale, FLAG: tl.constexpr, BLOCK: tl.constex
 
 def main(seed: int) -> None:
     triton.runtime.driver.set_active(Driver())
-    launching._current = lambda device: nullcontext()
     launching.architecture = lambda device: 90
     draw = random.Random(seed)
     config = Config({"BLOCK": 32})

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +74,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choices:
         return 1.0 / run.args[0].num_warps
 
     choices = Choices(tmp_path / "tuning.json", milliseconds, capturing=lambda: False)
-    monkeypatch.setattr(launching, "_current", lambda device: nullcontext())
     monkeypatch.setattr(launching, "architecture", lambda device: 86)
     monkeypatch.setattr(launching.tuning, "choices", lambda device, in_cache: choices)
     monkeypatch.delenv("ALBERT_FAST_AUTOTUNE", raising=False)

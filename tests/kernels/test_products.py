@@ -283,7 +283,7 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         times: dict[str, float],
         tokens: int = 100,
         capturing: bool = False,
-        what: Callable[..., object] = products.linear_activation,
+        what: Callable[..., object] = products.Products.linear_activation,
     ) -> str:
         monkeypatch.setattr(products, "architecture", lambda device: capability)
         chooser = Choices(tmp_path / "tuning.json", lambda run: times[run.args[0]], lambda: capturing)
@@ -304,7 +304,7 @@ def test_the_faster_is_chosen_and_kept(choose, tmp_path):
 @pytest.mark.parametrize(("capability", "rule"), [(80, "apart"), (89, "apart"), (90, "cuBLASLt"), (120, "apart")])
 def test_where_nothing_is_timed_there_is_a_rule(choose, capability, rule, monkeypatch):
     assert choose(capability, {}, capturing=True) == rule
-    assert choose(capability, {}, capturing=True, what=products.activation_gradient) == products.APART
+    assert choose(capability, {}, capturing=True, what=products.Products.activation_gradient) == products.APART
     monkeypatch.setenv("ALBERT_FAST_AUTOTUNE", "0")
     assert choose(capability, {}) == rule
     monkeypatch.setenv("ALBERT_FAST_CUBLASLT", "1")

@@ -1,0 +1,20 @@
+"""The device and the stream that a kernel is started on, asked for in each call and so as cheaply as can be."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: a handle of CUDA's belongs to one device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def stream_of(device: torch.device) -> int | None:
+    """The current stream of a GPU; None elsewhere."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
