@@ -232,19 +232,23 @@ def _form(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if places is None:
         places = _places[id(kernel), types] = _Places.find(kernel, arguments)
     tensors, others = places.tensors(arguments), places.others(arguments)
-    # Loops in C over what all have together: a bit that is not set is set in none.
-    aligned = reduce(or_, map(Tensor.data_ptr, tensors)) % 16 == 0
     wide = reduce(or_, others, 0) >> 31
     return (
         id(places),
         *map(_DTYPE_OF, tensors),
-        aligned or tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors]),
+        alignment(tensors),
         places.specialized(arguments),
         wide and tuple([integer >> 31 for integer in others]),
     )
 
 
 _DTYPE_OF = attrgetter("dtype")
+
+
+def alignment(tensors: Sequence[Tensor]) -> bool | tuple[bool, ...]:
+    """Whether each begins at a multiple of 16 bytes; True where all do, which takes a loop in C."""
+    aligned = reduce(or_, map(Tensor.data_ptr, tensors)) % 16 == 0
+    return aligned or tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
 
 
 def taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

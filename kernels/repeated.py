@@ -7,47 +7,49 @@ the integers of a kernel, costs three times as much, and is the same in every pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from albert_fast import devices
-from albert_fast.kernels.launch import Start, Started, noting, start, stream_of, taking
+from albert_fast.kernels.launch import Start, Started, alignment, noting, start, stream_of, taking
 
 
 class Repeated:
     """`function(*tensors, site=site)`, which does nothing but to start kernels, called more than once.
 
     All calls are of one kind: tensors at the same places have one shape, strides, dtype and device, or are None; what
-    the function takes from elsewhere does not change. The first call of each pattern of None runs the function. On a
-    GPU the next ones start its kernels with their own addresses and site. They do not where the function gave a kernel
-    a tensor that is not among `tensors`, where one tensor stands at two places, or one is not aligned to 16 bytes.
+    the function takes from elsewhere does not change. The first call of each pattern of None, and of addresses that are
+    aligned, runs the function. On a GPU the next ones start its kernels with their own addresses and site. They do not
+    where the function gave a kernel a tensor that is not among `tensors`, or one tensor stands at two places.
     """
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
-        self._known: dict[tuple[type, ...], _Known] = {}
+        self._present: dict[tuple[type, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {}
+        self._known: dict[tuple[Any, ...], list[_Again]] = {}
 
     def __call__(self, *tensors: Tensor | None, site: int = 0) -> None:
         types = tuple(map(type, tensors))
-        known = self._known.get(types)
+        present = self._present.get(types)
+        if present is None:
+            present = taking([place for place, tensor in enumerate(tensors) if tensor is not None])
+            self._present[types] = present
+        given = present(tensors)
+        kind = types, alignment(given)
+        known = self._known.get(kind)
         if known is None:
             with noting() as starts:
                 self._function(*tensors, site=site)
             known = _find(starts, tensors)
             if known is not None:
-                self._known[types] = known
-        elif not _aligned(known.given(tensors)):
-            self._function(*tensors, site=site)
-        else:
-            device = known.device
-            with devices.current(device):
-                stream = stream_of(device)
-                for each in known.starts:
-                    start(each.started, each.grid, each.arguments((*each.others, site, *tensors)), stream)
+                self._known[kind] = known
+            return
+        device = given[0].device
+        with devices.current(device):
+            stream = stream_of(device)
+            for each in known:
+                start(each.started, each.grid, each.arguments((*each.others, site, *tensors)), stream)
 
 
 class _Again(NamedTuple):
@@ -64,23 +66,10 @@ class _Again(NamedTuple):
     arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
-class _Known(NamedTuple):
-    """What a later call starts, and what takes from its tensors those that are not None."""
-
-    device: torch.device
-    given: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    starts: list[_Again]
-
-
-def _aligned(tensors: Sequence[Tensor]) -> bool:
-    return reduce(or_, map(Tensor.data_ptr, tensors)) % 16 == 0
-
-
-def _find(starts: Sequence[Start | None], tensors: Sequence[Tensor | None]) -> _Known | None:
-    """None where a later call has to run the function, too."""
+def _find(starts: Sequence[Start | None], tensors: Sequence[Tensor | None]) -> list[_Again] | None:
+    """What a later call starts; None where it has to run the function, too."""
     given = {id(tensor): place for place, tensor in enumerate(tensors) if tensor is not None}
-    present = [tensor for tensor in tensors if tensor is not None]
-    if len(given) < len(present) or not _aligned(present):
+    if len(given) < len(tensors) - sum(tensor is None for tensor in tensors):
         return None
     found = []
     for each in starts:
@@ -88,7 +77,7 @@ def _find(starts: Sequence[Start | None], tensors: Sequence[Tensor | None]) -> _
         if again is None:
             return None
         found.append(again)
-    return _Known(present[0].device, taking([*given.values()]), found)
+    return found
 
 
 def _again(first: Start, given: dict[int, int]) -> _Again | None:
