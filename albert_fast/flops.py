@@ -9,7 +9,6 @@ with the real tokens' lengths and the labelled tokens of all ranks.
 
 from __future__ import annotations
 
-import functools
 import re
 import statistics
 import time
@@ -101,7 +100,7 @@ def flops(config: AlbertConfig, lengths: Sequence[int], training: bool, labelled
     return Operations(times * products, times * passes * attention)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype, *, exceeded: float = 0.0) -> float | None:
     """Operations a second that matrix products can have at best: the denominator of MFU.
 
     A GPU's is that of the data sheet, by the device's name; float32 counts as TF32 where products may use it
@@ -111,6 +110,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     Args:
         device: where the products run.
         dtype: of their operands: bfloat16 under autocast.
+        exceeded: a rate that was reached. What was measured on a CPU while others had a share of it may be less: it is
+            measured again then, and the largest rate counts.
 
     Returns:
         None where the device or the dtype is not known.
@@ -119,8 +120,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return data_sheet(torch.cuda.get_device_name(device), "tf32" if tf32 else dtype)
     if device.type == "cpu" and dtype in _FLOATS:
-        return _measured(dtype, torch.get_num_threads())
+        kind = dtype, torch.get_num_threads()
+        if not exceeded < _measured.get(kind, 0.0):
+            _measured[kind] = max(_measured.get(kind, 0.0), _fastest_rate(dtype))
+        return _measured[kind]
     return None
+
+
+_measured: dict[tuple[torch.dtype, int], float] = {}  # by dtype and threads
 
 
 def data_sheet(name: str, numbers: torch.dtype | str) -> float | None:
@@ -138,9 +145,8 @@ def data_sheet(name: str, numbers: torch.dtype | str) -> float | None:
     return None
 
 
-@functools.lru_cache
-def _measured(dtype: torch.dtype, threads: int) -> float:
-    """The fastest call's rate: sharing the machine with others makes no CPU slower than it is."""
+def _fastest_rate(dtype: torch.dtype) -> float:
+    """That of a CPU's fastest call: sharing the machine with others makes it no slower than it is."""
     m, k, n = _CPU_SIZES[0]
     cpu = torch.device("cpu")
     return max(2 * m * k * n / min(_call_seconds(product, cpu)) for product in _products(dtype, cpu, m, k, n))

@@ -21,9 +21,7 @@ def quick_probes(monkeypatch):
     """Products that take no time: nobody looks at the rate's value."""
     monkeypatch.setattr(flops, "_CPU_SIZES", ((64, 64, 64),) * 2)
     monkeypatch.setattr(flops, "_PROBE_SECONDS", 0.0)
-    flops._measured.cache_clear()
-    yield
-    flops._measured.cache_clear()
+    monkeypatch.setattr(flops, "_measured", {})
 
 
 def test_those_that_torch_counts():
@@ -74,6 +72,13 @@ def test_a_rate_is_one_that_lasts_and_the_peak_is_the_fastest_call(monkeypatch, 
     monkeypatch.setattr(flops, "_products", lambda *which: iter([product(1.0, 8.0, 8.0), product(3.0, 4.0, 4.0)]))
     assert flops.matrix_rate(torch.float32, CPU) == 2 * 64**3 / 4.0
     assert flops.peak_flops(CPU, torch.float32) == 2 * 64**3 / 1.0
+
+
+def test_a_peak_that_was_exceeded_is_measured_again(monkeypatch, quick_probes):
+    rates = iter([50.0, 40.0, 70.0])
+    monkeypatch.setattr(flops, "_fastest_rate", lambda dtype: next(rates))
+    asked = [flops.peak_flops(CPU, torch.float32, exceeded=rate) for rate in (0.0, 30.0, 60.0, 60.0, 69.0)]
+    assert asked == [50.0, 50.0, 50.0, 70.0, 70.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])

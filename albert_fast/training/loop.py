@@ -124,7 +124,7 @@ class Loop(ABC):
         self.bfloat16 = config.precision == "bfloat16"
         self.peak = config.log.peak_flops
         if self.peak is None and world.is_main:
-            self.peak = peak_flops(world.device, torch.bfloat16 if self.bfloat16 else torch.float32)
+            self.peak = self._peak()
         self.rollbacks = 0
         self.signals = StopSignals()
         self.meter = Meter()
@@ -349,13 +349,20 @@ class Loop(ABC):
             config=self.config.to_dict(),
         )
 
+    def _peak(self, exceeded: float = 0.0) -> float | None:
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        return peak_flops(self.world.device, dtype, exceeded=exceeded)
+
     def _log(self, rate: float, rows: int) -> None:
         budget, meter = self.budget, self.meter
         left = None if budget.seconds is None else max(0.0, budget.seconds - budget.elapsed)
         if budget.steps is not None:
             left = (budget.steps - budget.step) * meter.seconds / meter.steps
         # All ranks do alike: the first one's share of its device stands for all.
-        peak = None if self.peak is None else self.peak * self.world.tensor_ranks
+        ranks = self.world.tensor_ranks
+        if self.config.log.peak_flops is None and self.peak is not None and meter.rate > self.peak * ranks:
+            self.peak = self._peak(exceeded=meter.rate / ranks)
+        peak = None if self.peak is None else self.peak * ranks
         assert isinstance(meter.losses, Tensor)
         assert isinstance(meter.counts, Tensor)
         means = self.learner.objective.means(meter.losses, meter.counts)

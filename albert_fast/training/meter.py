@@ -36,13 +36,17 @@ class Meter:
         self.seconds += seconds
         self.flops += flops
 
+    @property
+    def rate(self) -> float:
+        """Operations a second."""
+        return self.flops / max(self.seconds, 1e-9)
+
     def record(self, tokens: int, peak_flops: float | None) -> dict[str, float | None]:
         """The fields of the log that are about speed. `peak_flops`: of the devices that did `flops` together."""
-        seconds = max(self.seconds, 1e-9)
         return {
             "gradient_norm": self.gradient_norms / max(self.steps, 1),
-            "tokens_per_second": tokens / seconds,
-            "mfu": None if peak_flops is None else self.flops / seconds / peak_flops,
+            "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "mfu": None if peak_flops is None else self.rate / peak_flops,
         }
 
 
