@@ -129,13 +129,8 @@ class GraphedTraining(AlbertFast):
         super().build(config, state_dict, dtype, device, batch)
         self.graph = graphed(self.model, shapes=[tuple(batch.input_ids.shape)])
 
-    def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        self.model.zero_grad(set_to_none=True)
-        with self.numbers.forward(batch.input_ids.device):
-            loss = self.graph(**batch.inputs(), labels=batch.labels)
-        (loss * scale).backward()
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.detach(), gradients
+    def loss(self, batch: Batch) -> Tensor:
+        return self.graph(**batch.inputs(), labels=batch.labels)
 
 
 class GraphedApart(GraphedTraining):

@@ -35,7 +35,7 @@ from albert_fast.kernels.layer_norm_backward import programs_of as layer_norm_pr
 from albert_fast.kernels.products import Products
 from albert_fast.kernels.repeated import Repeated
 from albert_fast.ops.attention import AttentionOptions
-from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
+from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions, Layer, layers_of
 
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
 # tokens most of them would have nothing to do. Over many cuBLAS splits the sum, and each product costs a kernel that
@@ -49,46 +49,16 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class _Layer(NamedTuple):
-    """A layer's tensors: matrices, and biases that products add, in the dtype of the products; query, key and value as
-    one; other vectors as they are."""
-
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    dense_weight: Tensor
-    dense_bias: Tensor
-    attention_norm_weight: Tensor
-    attention_norm_bias: Tensor
-    ffn_weight: Tensor
-    ffn_bias: Tensor
-    ffn_output_weight: Tensor
-    ffn_output_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+# Of a layer what products read, or add: in their dtype.
+_OF_PRODUCTS = ("qkv_weight", "qkv_bias", "dense_weight", "ffn_weight", "ffn_bias", "ffn_output_weight")
 
 
-def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[_Layer]:
+def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[Layer]:
     """Cast once for all passes. Not cached: a captured graph has to follow the parameters."""
-    layers = []
-    for first in range(0, len(parameters), TENSORS_PER_LAYER):
-        q, q_bias, k, k_bias, v, v_bias, dense, *rest = parameters[first : first + TENSORS_PER_LAYER]
-        dense_bias, attention_norm, attention_norm_bias, ffn, ffn_bias, ffn_output, ffn_output_bias, *norm = rest
-        layers.append(
-            _Layer(
-                torch.cat([q, k, v]).to(dtype),
-                torch.cat([q_bias, k_bias, v_bias]).to(dtype),
-                dense.to(dtype),
-                dense_bias,
-                attention_norm,
-                attention_norm_bias,
-                ffn.to(dtype),
-                ffn_bias.to(dtype),
-                ffn_output.to(dtype),
-                ffn_output_bias,
-                *norm,
-            )
-        )
-    return layers
+    return [
+        layer._replace(**{name: getattr(layer, name).to(dtype) for name in _OF_PRODUCTS})
+        for layer in layers_of(parameters)
+    ]
 
 
 class _Kept(NamedTuple):
@@ -197,7 +167,7 @@ class _Loop:
         weights = layer.ffn_output_bias, layer.norm_weight, layer.norm_bias
         self.norm_in_place(y, h, *weights, kept.output_summed, kept.statistics[1])
 
-    def activate(self, h: Tensor, layer: _Layer, kept: _Kept, wide: Tensor | None) -> Tensor:
+    def activate(self, h: Tensor, layer: Layer, kept: _Kept, wide: Tensor | None) -> Tensor:
         """act(h ffnᵀ + bias), in one product where nothing is kept and cuBLAS has the activation.
 
         Its GELU is the tanh form; PyTorch's function of that name computes the erf form on a CPU.

@@ -100,7 +100,7 @@ class EncoderOptions(NamedTuple):
         )
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """The layer's tensors as the loop uses them: query, key and value as one matrix, prepared once for all passes."""
 
     qkv_weight: Tensor
@@ -117,11 +117,11 @@ class _Layer(NamedTuple):
     norm_bias: Tensor
 
 
-def _layers(parameters: list[Tensor]) -> list[_Layer]:
+def layers_of(parameters: list[Tensor]) -> list[Layer]:
     layers = []
     for first in range(0, len(parameters), TENSORS_PER_LAYER):
         q, q_bias, k, k_bias, v, v_bias, *rest = parameters[first : first + TENSORS_PER_LAYER]
-        layers.append(_Layer(torch.cat([q, k, v]), torch.cat([q_bias, k_bias, v_bias]), *rest))
+        layers.append(Layer(torch.cat([q, k, v]), torch.cat([q_bias, k_bias, v_bias]), *rest))
     return layers
 
 
@@ -137,7 +137,7 @@ def corrections(parameters: list[Tensor], input_means: Tensor, layer_of_pass: li
     """What `input_means` adds to the biases of query, key and value, dense, ffn and ffn_output in each pass:
     [passes, 5 hidden + inner], float32."""
     errors = []
-    for layer in _layers(parameters):
+    for layer in layers_of(parameters):
         matrices = (layer.qkv_weight, layer.dense_weight, layer.ffn_weight, layer.ffn_output_weight)
         errors.append([rounding_error(matrix) for matrix in matrices])
     places = _input_places(parameters[0].shape[1])
@@ -175,11 +175,11 @@ def encoder_reference(
         means = options.input_means
         return quantized_linear(x, weight, bias, None if means is None else means[pass_index, places[product]])
 
-    def feed_forward(h: Tensor, layer: _Layer, pass_index: int) -> Tensor:
+    def feed_forward(h: Tensor, layer: Layer, pass_index: int) -> Tensor:
         inner = activation(linear(2, pass_index, h, layer.ffn_weight, layer.ffn_bias))
         return linear(3, pass_index, inner, layer.ffn_output_weight, layer.ffn_output_bias)
 
-    def one_pass(x: Tensor, layer: _Layer, pass_index: int) -> Tensor:
+    def one_pass(x: Tensor, layer: Layer, pass_index: int) -> Tensor:
         qkv = linear(0, pass_index, x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
         attention_options = options.attention(pass_index, qkv.shape[-1])
         if attentions is None:
@@ -200,7 +200,7 @@ def encoder_reference(
             y = feed_forward(h, layer, pass_index)
         return F.layer_norm(h + y, h.shape[-1:], layer.norm_weight, layer.norm_bias, eps)
 
-    layers = _layers(parameters)
+    layers = layers_of(parameters)
     states = [hidden]
     for pass_index, index in enumerate(options.layer_of_pass()):
         if options.recompute == "layer" and torch.is_grad_enabled():
@@ -266,7 +266,7 @@ def _activate_backward(grad: Tensor, x: Tensor, form: str) -> Tensor:
 
 
 def _pass_forward(
-    x: Tensor, layer: _Layer, pass_index: int, cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
+    x: Tensor, layer: Layer, pass_index: int, cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> tuple[Tensor, _Saved]:
     qkv = F.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(-1, (3, options.num_heads, -1))
     rows = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -284,8 +284,8 @@ def _pass_forward(
 def _pass_backward(
     grad_y: Tensor,
     saved: _Saved,
-    layer: _Layer,
-    grads: _Layer,
+    layer: Layer,
+    grads: Layer,
     pass_index: int,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -336,7 +336,7 @@ def _pass_backward(
 def _forward(
     hidden: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: EncoderOptions
 ) -> tuple[Tensor, list[Tensor]]:
-    layers = _layers(parameters)
+    layers = layers_of(parameters)
     states, kept = [hidden], []
     for pass_index, index in enumerate(options.layer_of_pass()):
         y, saved = _pass_forward(states[-1], layers[index], pass_index, cu_seqlens, max_seqlen, options)
@@ -357,9 +357,9 @@ def _backward(
     options: EncoderOptions,
 ) -> list[Tensor]:
     """Gradients of hidden and of each of the parameters."""
-    layers = _layers(parameters)
+    layers = layers_of(parameters)
     grads = [
-        _Layer(*(torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in layer))
+        Layer(*(torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in layer))
         for layer in layers
     ]
     passes = options.layer_of_pass()

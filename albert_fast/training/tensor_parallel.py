@@ -32,7 +32,7 @@ from albert_fast.activations import ACTIVATIONS
 from albert_fast.config import AlbertConfig
 from albert_fast.model import AlbertLayer, AlbertModel, AlbertTransformer
 from albert_fast.ops.checks import check
-from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, layer_of_pass
+from albert_fast.ops.encoder import FUSED_ACTIVATIONS, layer_of_pass, layers_of
 from albert_fast.packing import PackedBatch
 from albert_fast.training.sharded import local
 
@@ -162,25 +162,21 @@ def _layers(tensors: list[Tensor], dtype: torch.dtype) -> list[_Layer]:
     def matrix(weight: Tensor) -> _Matrix:
         return _Matrix(weight, weight.detach().to(dtype))
 
-    layers = []
-    for first in range(0, len(tensors), TENSORS_PER_LAYER):
-        q, q_bias, k, k_bias, v, v_bias, *rest = tensors[first : first + TENSORS_PER_LAYER]
-        dense, dense_bias, norm_weight, norm_bias, ffn, ffn_bias, output, output_bias, *last_norm = rest
-        layers.append(
-            _Layer(
-                matrix(torch.cat([q, k, v])),
-                torch.cat([q_bias, k_bias, v_bias]),
-                matrix(dense),
-                dense_bias,
-                (norm_weight, norm_bias),
-                matrix(ffn),
-                ffn_bias,
-                matrix(output),
-                output_bias,
-                (last_norm[0], last_norm[1]),
-            )
+    return [
+        _Layer(
+            matrix(layer.qkv_weight),
+            layer.qkv_bias,
+            matrix(layer.dense_weight),
+            layer.dense_bias,
+            (layer.attention_norm_weight, layer.attention_norm_bias),
+            matrix(layer.ffn_weight),
+            layer.ffn_bias,
+            matrix(layer.ffn_output_weight),
+            layer.ffn_output_bias,
+            (layer.norm_weight, layer.norm_bias),
         )
-    return layers
+        for layer in layers_of(tensors)
+    ]
 
 
 class _Pass(NamedTuple):

@@ -108,10 +108,13 @@ class TorchPeer(Peer):
     def loss_and_gradients(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         self.model.zero_grad(set_to_none=True)
         with self.numbers.forward(batch.input_ids.device):
-            loss = self.model(**batch.inputs(), labels=batch.labels).loss
+            loss = self.loss(batch)
         (loss * scale if scale != 1.0 else loss).backward()
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return loss.detach(), gradients
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model(**batch.inputs(), labels=batch.labels).loss
 
 
 def call(peer: Peer, batch: Batch, mode: str) -> object:
