@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from triton import AsyncCompileMode, knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -168,7 +167,7 @@ def launch(
         programs = grid(started.blocks)
         if all(programs):
             x, y, z = (*programs, 1, 1)[:3]
-            start(started, (x, y, z), arguments, stream_of(device))
+            start(started, (x, y, z), arguments, devices.stream_of(device))
             _note(Start(started, (x, y, z), arguments, kernel))
 
 
@@ -212,7 +211,7 @@ class Started(NamedTuple):
 _started: dict[tuple[Any, ...], Started] = {}
 
 
-def start(started: Started, grid: tuple[int, int, int], arguments: Sequence[Any], stream: int) -> None:
+def start(started: Started, grid: tuple[int, int, int], arguments: Sequence[Any], stream: int | None) -> None:
     """As `compiled[grid](*arguments)` does, without what only hooks need: a profiler's, which rarely are any."""
     compiled, hooks = started.compiled, knobs.runtime
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
@@ -329,11 +328,6 @@ def _compile_all(
     with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for config in configs:
             kernel.warmup(*arguments, grid=(1,), **constants, **config.options)
-
-
-def stream_of(device: torch.device) -> int:
-    """The current one, for `start`."""
-    return driver.active.get_current_stream(device.index)
 
 
 @functools.cache

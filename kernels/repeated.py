@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from albert_fast import devices
-from albert_fast.kernels.launch import Start, Started, alignment, noting, start, stream_of, taking
+from albert_fast.kernels.launch import Start, Started, alignment, noting, start, taking
 
 
 class Repeated:
@@ -47,7 +47,7 @@ class Repeated:
             return
         device = given[0].device
         with devices.current(device):
-            stream = stream_of(device)
+            stream = devices.stream_of(device)
             for each in known:
                 start(each.started, each.grid, each.arguments((*each.others, site, *tensors)), stream)
 

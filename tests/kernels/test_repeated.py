@@ -29,7 +29,7 @@ class Watched:
         self.change = change
         self.ran = 0
         self.again: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(repeated, "stream_of", lambda device: 7)
+        monkeypatch.setattr(repeated.devices, "stream_of", lambda device: 7)
         monkeypatch.setattr(repeated, "start", lambda *entry: self.again.append(entry))
         self.call = Repeated(self.function)
 
