@@ -123,7 +123,7 @@ class _Loop:
         self.intermediate = parameters[10].shape[0]
         self.form = FUSED_ACTIVATIONS[options.activation]
         self.products = Products(hidden, self.form)
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.cu_seqlens = cu_seqlens
         self.like = hidden
         self.between: tuple[Tensor, Tensor] | tuple[None, None] = None, None  # of backward
         dropout_p, eps = options.hidden_dropout_p, options.eps

@@ -239,13 +239,14 @@ def encoder_few_tokens(
         ffn.setdefault(now, of_ffn)
 
     qkv = hidden.new_empty(tokens, 3 * width)
-    query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
-    few_tokens = attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads))
+    of_any_lengths: tuple[Tensor | None, ...] = None, None, None, None
+    if not attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads)):
+        query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
+        of_any_lengths = query, key, value, hidden.new_empty(heads, tokens, dtype=torch.float32)
     statistics, output_statistics = hidden.new_empty(2, 2, tokens, cdiv(width, GROUP), dtype=torch.float32)
-    of_any_lengths = query, key, value, hidden.new_empty(heads, tokens, dtype=torch.float32)
     memory = _Memory(
         qkv,
-        *((None, None, None, None) if few_tokens else of_any_lengths),
+        *of_any_lengths,
         context=hidden.new_empty(tokens, width),
         summed=hidden.new_empty(tokens, width),
         inner=hidden.new_empty(tokens, inner_width),

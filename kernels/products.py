@@ -40,11 +40,15 @@ class Products:
     """
 
     def __init__(self, like: Tensor, form: str) -> None:
-        self._form = form
-        self._by_cublaslt = _serves(like)
+        self._form, self._like = form, like
         self._ways: dict[tuple[object, ...], str] = {}
         self._gelu = Repeated(functools.partial(_gelu, form))
         self._gelu_backward = Repeated(functools.partial(_gelu_backward, form))
+
+    @functools.cached_property
+    def _by_cublaslt(self) -> bool:
+        """Found when a product first asks: inference has none that do, and opens no library for them."""
+        return _serves(self._like)
 
     def linear_activation(self, x: Tensor, weight: Tensor, bias: Tensor, inner: Tensor, out: Tensor) -> Tensor:
         """inner = x weightᵀ + bias, out = act(inner).

@@ -351,3 +351,13 @@ def test_what_it_does_not_serve(changed, device, ran, monkeypatch):
     differentiate(case.implementation("operator of triton", monkeypatch), case.tensors, case.upstream)
     assert set(ran) <= {"weight_gradient"}
     assert (ran == []) == (changed.get("dtype") == torch.float32)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_inference_opens_no_library(activation, on_the_host, device, monkeypatch):
+    monkeypatch.setattr(products, "_serves", lambda x: pytest.fail("asked for cuBLASLt"))
+    monkeypatch.setenv("ALBERT_FAST_BACKEND", "triton")
+    monkeypatch.setenv("ALBERT_FAST_FEW_TOKENS", "0")
+    case = small(device, activation=activation)
+    with torch.no_grad():
+        case.public(**case.tensors)
