@@ -127,7 +127,19 @@ def test_padding_and_packing_change_nothing(model, ids):
         packed = model(PackedBatch.from_padded(ids, mask)).last_hidden_state
         torch.testing.assert_close(packed, padded)
         alone = model(ids[1:2, :9]).last_hidden_state[0]
-    assert relative_error(alone, model(PackedBatch.from_padded(ids, mask)).last_hidden_state[21:30]) < 2e-3
+    assert relative_error(alone, packed[21:30]) < 2e-3
+
+
+def test_with_gradients_on_it_rounds_alike(ids):
+    """The operations then come one by one, and other float32 sums go before them, which moves few values over a
+    rounding's edge: in one model of thirty as far as 4e-3. Over sixteen models."""
+    errors = []
+    for _ in range(16):
+        model = AlbertModel(AlbertConfig(**SHAPE)).eval().quantize()
+        with torch.no_grad():
+            expected = model(ids).last_hidden_state
+        errors.append(relative_error(model(ids).last_hidden_state.detach(), expected))
+    assert torch.tensor(errors).square().mean().sqrt() < 2e-3
 
 
 def test_it_follows_its_weights(model, ids):
