@@ -8,11 +8,8 @@ import pytest
 
 from albert_fast import backends
 from albert_fast.bench import check
-from albert_fast.bench.check import BAND, Finding
+from albert_fast.bench.check import BAND, TURNS, Finding
 from albert_fast.bench.worker import with_threads
-
-# Short, for a test; the command takes more turns.
-TURNS = 15
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +68,8 @@ def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, mon
     failed = failing(chosen)
     assert [finding.case for finding in failed][:1] == [chosen[0].name]
     assert len(failed[0].ratios) == check.ATTEMPTS
-    # Who else fails does so without the delay, too: then it is the machine that has changed. It may have changed back in
-    # between: who is asked with the delay again passes then.
+    # Who else fails does so without the delay, too: then it is the machine that has changed. It may have changed back
+    # in between: who is asked with the delay again passes then.
     others = {finding.case for finding in failed[1:]}
     for _ in range(3):
         named = [case for case in chosen if case.name in others]
