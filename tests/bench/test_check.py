@@ -1,6 +1,7 @@
 """`make bench-check`: unchanged code passes, a delay of a fifth in one operation does not."""
 
 import json
+import statistics
 import time
 from dataclasses import replace
 
@@ -20,36 +21,59 @@ def chosen():
     return [case for case in check.cases() if case.name.startswith(wanted)]
 
 
-def seconds_of(case) -> float:
-    """The fastest of many calls of this package."""
-    with with_threads(case.threads):
-        contender = case.open(check.OURS)
-        contender.results()
-        times = []
-        for _ in range(200):
-            begin = time.perf_counter()
-            contender.call()
-            times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def delayed(name: str, seconds: float) -> list[backends.Backend]:
-    """The backends, with the `cpu` one's implementation of `name` slower by that much."""
-
-    def slow(function):
-        def run(*arguments):
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:  # time.sleep would sleep for longer
-                pass
-            return function(*arguments)
-
-        return run
+def replaced(name: str, change) -> list[backends.Backend]:
+    """The backends, with `change` of the `cpu` one's implementation of `name` in its place."""
 
     def load():
         functions = dict(backends.CPU.load())
-        return {**functions, name: slow(functions[name])}
+        return {**functions, name: change(functions[name])}
 
     return [replace(backends.CPU, load=load), *(b for b in backends.BACKENDS if b is not backends.CPU)]
+
+
+def share_of(name: str, case, monkeypatch) -> float:
+    """Of a call's time, that of the implementation of `name`: medians of the same calls."""
+    inside: list[float] = []
+
+    def timed(function):
+        def run(*arguments):
+            begin = time.perf_counter()
+            result = function(*arguments)
+            inside.append(time.perf_counter() - begin)
+            return result
+
+        return run
+
+    with with_threads(case.threads), monkeypatch.context() as patched:
+        patched.setattr(backends, "BACKENDS", replaced(name, timed))
+        contender = case.open(check.OURS)
+        contender.results()
+        inside.clear()
+        calls = []
+        for _ in range(200):
+            begin = time.perf_counter()
+            contender.call()
+            calls.append(time.perf_counter() - begin)
+    assert len(inside) == len(calls)
+    return statistics.median(inside) / statistics.median(calls)
+
+
+def delayed(name: str, share: float) -> list[backends.Backend]:
+    """`name` takes longer by that share of what it takes, whatever the processor's clock is then."""
+
+    def slow(function):
+        def run(*arguments):
+            begin = time.perf_counter()
+            result = function(*arguments)
+            end = time.perf_counter()
+            end += share * (end - begin)
+            while time.perf_counter() < end:  # time.sleep would sleep for longer
+                pass
+            return result
+
+        return run
+
+    return replaced(name, slow)
 
 
 def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, monkeypatch, unpoisoned_memory):
@@ -58,7 +82,7 @@ def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, mon
     assert all(0.01 < ratio < 100.0 for ratio in expected.values())
     for _ in range(2):
         assert not [finding for finding in check.check(chosen, expected, TURNS) if finding.failed]
-    slower = delayed("attention", 0.2 * seconds_of(chosen[0]))
+    slower = delayed("attention", 0.2 / share_of("attention", chosen[0], monkeypatch))
 
     def failing(cases):
         with monkeypatch.context() as patched:
