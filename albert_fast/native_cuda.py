@@ -31,7 +31,10 @@ from albert_fast import native
 from albert_fast.native import BuildError
 
 _FLAGS = "-std=c++17 -O3"
-_HOST_FLAGS = f"{_FLAGS} -fPIC -Wall -Wextra -Wno-unknown-pragmas -x c++"
+# On the CPU: the machine that plays the GPU, and the kernels, whose loads and stores it sees by the hooks of
+# -fsanitize=thread, which are its own (csrc/cuda/host/machine.cpp).
+_HOST_FLAGS = f"{_FLAGS} -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas"
+_KERNEL_ON_HOST_FLAGS = "-fsanitize=thread -x c++"
 # mma.sync in bfloat16 and cp.async are from here on.
 LEAST_CAPABILITY = (8, 0)
 
@@ -79,14 +82,14 @@ class Plan:
         if wrong:
             raise BuildError(f"architectures: {wrong[0]!r} is none; 80, 90a or 100 were expected")
         command = compiler() if architectures else native.compiler()
-        return cls(
-            None if command is None else tuple(command), architectures, tuple(sorted((folder / "cuda").glob("*.cu")))
-        )
+        sources = sorted((folder / "cuda").glob("*.cu"))
+        if not architectures:
+            sources += sorted((folder / "cuda" / "host").glob("*.cpp"))
+        return cls(None if command is None else tuple(command), architectures, tuple(sources))
 
-    @property
-    def flags(self) -> str:
+    def flags(self, source: Path) -> str:
         if not self.architectures:
-            return _HOST_FLAGS
+            return f"{_HOST_FLAGS} {_KERNEL_ON_HOST_FLAGS}" if source.suffix == ".cu" else _HOST_FLAGS
         codes = [f"-gencode arch=compute_{name},code=sm_{name}" for name in self.architectures]
         return " ".join([_FLAGS, "-Xcompiler -fPIC", *codes])
 
@@ -100,7 +103,7 @@ class Plan:
         return "" if self.command is None else native.compiler_version(self.command)
 
     def object_name(self, source: Path) -> str:
-        made_of = native.digest(*native.with_includes(source), self.flags, self.version)
+        made_of = native.digest(*native.with_includes(source), self.flags(source), self.version)
         return f"{source.stem}-{'-'.join(self.architectures) or 'host'}-{made_of}.o"
 
     def object_names(self) -> list[str]:
@@ -109,8 +112,10 @@ class Plan:
     @property
     def stem(self) -> str:
         """The part of the library's name that says nothing of the compiler."""
-        texts = [text for source in self.sources for text in native.with_includes(source)]
-        return f"albert_fast-cuda-{'-'.join(self.architectures) or 'host'}-{native.digest(*texts, self.flags)}"
+        texts: list[str | bytes] = []
+        for source in self.sources:
+            texts += [*native.with_includes(source), self.flags(source)]
+        return f"albert_fast-cuda-{'-'.join(self.architectures) or 'host'}-{native.digest(*texts)}"
 
     @property
     def name(self) -> str:
@@ -133,10 +138,10 @@ class Plan:
     def ninja_file(self, output: str) -> str:
         assert self.command is not None
         command = shlex.join(self.command)
-        lines = [f"rule compile\n  command = {command} {self.flags} -c $in -o $out"]
+        lines = [f"rule compile\n  command = {command} $flags -c $in -o $out"]
         lines.append(f"rule link\n  command = {command} -shared $in -o $out")
         lines += [
-            f"build {name}: compile {native.quoted(path)}"
+            f"build {name}: compile {native.quoted(path)}\n  flags = {self.flags(path)}"
             for path, name in zip(self.sources, self.object_names(), strict=True)
         ]
         lines.append(f"build {output}: link {' '.join(self.object_names())}")

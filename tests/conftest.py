@@ -16,8 +16,10 @@ if not torch.cuda.is_available():
 
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import interpret_quickly
+    from interpreter_checks import check_launches
 
     interpret_quickly()
+    check_launches()
 
 # Helpers that assert: pytest then shows the values, as it does for asserts in the tests themselves.
 pytest.register_assert_rewrite("ops.parity")

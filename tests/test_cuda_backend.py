@@ -1,14 +1,17 @@
 """The CUDA C++ kernels: parity, the same bits each time, and what is declined.
 
 Without a GPU the kernels' own source runs on the CPU (csrc/cuda/host.h), with every thread of every block, in an order
-drawn anew: that a barrier is missing shows there. With one the same tests run on it.
+drawn anew, and what they do to memory is watched: that a barrier is missing shows there. With one the same tests run on
+it.
 """
 
 import os
 import random
 import warnings
+from ctypes import CDLL
 from dataclasses import replace
 
+import cuda_on_cpu
 import pytest
 import torch
 from ops.parity import assert_as_accurate_as, oracle_inputs
@@ -36,14 +39,21 @@ def on_cpu_without_gpu(monkeypatch, device):
 
 
 def machine(
-    device, multiprocessors: int, clusters: bool, shared_bytes: int = SHARED_BYTES, *, words: bool = False
+    device,
+    multiprocessors: int,
+    clusters: bool,
+    shared_bytes: int = SHARED_BYTES,
+    *,
+    words: bool = False,
+    watched: bool = True,
 ) -> None:
     """What the CPU is to be; a GPU stays what it is, with clusters used or not."""
     os.environ["ALBERT_FAST_CLUSTER"] = "0" if clusters else "1"  # until the fixture undoes it
     if words:
         del os.environ["ALBERT_FAST_CLUSTER"]
     if device.type == "cpu":
-        native_cuda.load().albert_host_machine(multiprocessors, shared_bytes, clusters, random.getrandbits(31))
+        seed = random.getrandbits(31)
+        native_cuda.load().albert_host_machine(multiprocessors, shared_bytes, clusters, seed, watched)
 
 
 def served(case: Case, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor] | None = None) -> Tensor:
@@ -125,9 +135,9 @@ def test_parity_of_all_counts_of_tiles(tiles, compiled, clusters, device, monkey
 SIZES_OF_WORDS = {"cpu": (128, 256, 2), "cuda": (768, 3072, 12)}
 
 
-def case_of_words(device, lengths: list[int], **options) -> Case:
+def case_of_words(device, lengths: list[int], *, watched: bool = True, **options) -> Case:
     """With a machine for it."""
-    machine(device, random.randrange(16, 20), True, words=True)
+    machine(device, random.randrange(16, 20), True, words=True, watched=watched)
     hidden, inner, heads = SIZES_OF_WORDS[device.type]
     return Case(lengths, hidden, inner, num_heads=heads, device=device, **{"dtype": torch.bfloat16, **options})
 
@@ -292,15 +302,35 @@ def test_same_bits_each_time(tokens, clusters, words, device, monkeypatch):
     """Whatever order the threads take: 100 times on the CPU, 10,000 on a GPU."""
     lengths = [3, tokens - 3]
     if words:
-        case = case_of_words(device, lengths, num_layers=1, dtype=torch.float16)
+        case = case_of_words(device, lengths, watched=False, num_layers=1, dtype=torch.float16)
     else:
-        machine(device, 8 if clusters else 3, clusters)
+        machine(device, 8 if clusters else 3, clusters, watched=False)
         hidden, inner, heads = COMPILED_SIZES[device.type]
         case = Case(lengths, hidden, inner, num_heads=heads, num_layers=1, dtype=torch.float16, device=device)
     first = served(case, monkeypatch)
     assert_served_by_words(device, served=words)
     for _ in range(10_000 if device.type == "cuda" else 10 if clusters else 100):
         assert torch.equal(served(case, monkeypatch), first)
+
+
+@pytest.fixture(scope="module")
+def library_of_base(tmp_path_factory) -> CDLL:
+    """The machine with the kernels' instances as a GPU has them, of ALBERT base."""
+    folder = tmp_path_factory.mktemp("base")
+    return native_cuda.open_library(cuda_on_cpu.build(folder, None, "-DALBERT_SIZES_OF_BASE"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("instance", "tokens"), [(1, 80), (2, 40), (3, 16), (4, 16)])
+def test_albert_base_as_a_gpu_has_it(instance, tokens, library_of_base, device, monkeypatch):
+    """On the CPU as many threads as there, watched: some minutes."""
+    if device.type == "cuda":
+        pytest.skip("the other tests are of these instances there")
+    monkeypatch.setattr(native_cuda, "load", lambda: library_of_base)
+    machine(device, 132 if instance in (1, 4) else 108, instance in (1, 4), words=instance == 4)
+    case = Case([3, 0, tokens - 3], 768, 3072, num_heads=12, num_layers=2, dtype=torch.bfloat16, device=device)
+    check(case, served(case, monkeypatch))
+    assert library_of_base.albert_host_instance() == instance
 
 
 def test_rows_beyond_the_last_sequence(device, monkeypatch):

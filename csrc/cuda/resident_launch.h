@@ -2,158 +2,16 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <mutex>
 #include <vector>
 
-#include "resident_words.h"
+#ifdef __CUDACC__
+#include "resident_on_gpu.h"
+#else
+#include "resident_on_host.h"
+#endif
 
 namespace albert {
-
-constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
-
-constexpr int kWordInstance = 4;       // beside those of resident_sizes.h, for tests
-
-struct Device {
-  int index, multiprocessors, shared_bytes;  // that a block may have
-  int has_clusters;
-};
-
-#ifdef __CUDACC__
-inline int find_device(Device& d) {
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&d.index);
-  const auto ask = [&](int& to, cudaDeviceAttr what) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&to, what, d.index);
-  };
-  ask(d.multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(major, cudaDevAttrComputeCapabilityMajor);
-  d.has_clusters = major >= 9;
-  return error;
-}
-
-inline cudaLaunchConfig_t configuration(int blocks, int cluster, int threads, int shared_bytes,
-                                        cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
-  attributes[0].id = cudaLaunchAttributeCooperative;  // all blocks are there at once, or the launch fails
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t c{};
-  c.gridDim = dim3(static_cast<unsigned>(blocks));
-  c.blockDim = dim3(static_cast<unsigned>(threads));
-  c.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  c.stream = stream;
-  c.attrs = attributes;
-  c.numAttrs = cluster > 1 ? 2 : 1;
-  return c;
-}
-inline cudaLaunchConfig_t configuration(const Layout& l, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
-  return configuration(l.blocks, l.cluster, kThreads, l.shared_bytes, attributes, stream);
-}
-inline cudaLaunchConfig_t configuration(Words, cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
-  return configuration(Words::kBlocks, Words::kCluster, Words::kThreads, Words::kSharedBytes, attributes, stream);
-}
-
-// Clusters that the device runs at once: what it is cut into need not be a multiple of a cluster.
-template <class T, class S>
-int count_clusters(const Layout& l, int& clusters) {
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(l, attributes, nullptr);
-  return cudaOccupancyMaxActiveClusters(&clusters, resident_encoder<T, S>, &c);
-}
-
-template <class T, class S>
-int allow_shared(const Device& d) {
-  return cudaFuncSetAttribute(resident_encoder<T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
-}
-
-template <class T, class S>
-int start(const Arguments<T>& args, void* stream_pointer) {
-  const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const cudaError_t error = cudaMemsetAsync(args.arrivals, 0, sizeof(uint32_t), stream);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(args.layout, attributes, stream);
-  return cudaLaunchKernelEx(&c, resident_encoder<T, S>, args);
-}
-
-// Whether the device has room for all clusters of who waits for words at a time.
-template <class T>
-int allow_words(const Device& d, bool& allowed) {
-  const auto kernel = resident_encoder_by_words<T, Words>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(Words{}, attributes, nullptr);
-  int clusters = 0;
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &c);
-  allowed = clusters * Words::kCluster >= Words::kBlocks;
-  return error;
-}
-template <class T>
-int start_words(const Arguments<T>& args, void* stream) {
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t c = configuration(Words{}, attributes, static_cast<cudaStream_t>(stream));
-  return cudaLaunchKernelEx(&c, resident_encoder_by_words<T, Words>, args);
-}
-#else
-// The machine that host.h plays; tests choose it.
-inline Device& host_device() {
-  static Device device{0, 4, 227 << 10, true};
-  return device;
-}
-inline unsigned& host_seed() {
-  static unsigned seed = 0;
-  return seed;
-}
-inline std::string& host_error() {
-  static std::string error;
-  return error;
-}
-inline int& host_instance() {
-  static int instance = 0;
-  return instance;
-}
-inline int find_device(Device& d) {
-  d = host_device();
-  return 0;
-}
-template <class T, class S>
-int count_clusters(const Layout&, int& clusters) {
-  clusters = host_device().multiprocessors / kClusterBlocks;
-  return 0;
-}
-template <class T, class S>
-int allow_shared(const Device&) {
-  return 0;
-}
-inline int run_on_host(int instance, int blocks, int threads, int cluster, int shared_bytes, std::function<void()> kernel) {
-  host_instance() = instance;
-  try {
-    host::run(blocks, threads, cluster, static_cast<size_t>(shared_bytes), host_seed()++, std::move(kernel));
-  } catch (const std::exception& error) {
-    host_error() = error.what();
-    return ALBERT_CUDA_KERNEL;
-  }
-  return 0;
-}
-template <class T, class S>
-int start(const Arguments<T>& args, void*) {
-  const Layout& l = args.layout;
-  *args.arrivals = 0;
-  return run_on_host(l.instance, l.blocks, kThreads, l.cluster, l.shared_bytes, [&] { resident_encoder<T, S>(args); });
-}
-template <class T>
-int allow_words(const Device& d, bool& allowed) {
-  allowed = d.multiprocessors >= Words::kBlocks;
-  return 0;
-}
-template <class T>
-int start_words(const Arguments<T>& args, void*) {
-  return run_on_host(kWordInstance, Words::kBlocks, Words::kThreads, Words::kCluster, Words::kSharedBytes,
-                     [&] { resident_encoder_by_words<T, Words>(args); });
-}
-#endif
 
 // Calls use(S) with the sizes that the layout's instance of the kernel has.
 template <class Use>
@@ -251,29 +109,31 @@ int with_dtype(const albert_resident_shape& s, Use use) {
   return s.dtype == ALBERT_CUDA_BF16 ? use(Bf16{}) : use(Fp16{});
 }
 
-// The workspace's parts, 128 bytes apart at least; returns its size. base may be null.
+// The workspace's parts; returns its size. base may be null.
 template <class T>
 size_t lay_out(Arguments<T>& a, const albert_resident_shape& shape, int tokens, int passes, char* base) {
   const int hidden = shape.hidden, inner = shape.inner;
   size_t size = 0;
-  const auto take = [&](size_t bytes) {
+  const auto take = [&](const char* name, size_t bytes) {
     char* part = base + size;
-    size += (bytes + 127) / 128 * 128;
+    if (base != nullptr) note_part(name, part, bytes);
+    size += (bytes + kApart - 1) / kApart * kApart;
     return part;
   };
   a.tokens = tokens;
   a.passes = passes;
   const size_t rows = static_cast<size_t>(tokens);
-  a.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
-  a.context = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
-  a.partial = reinterpret_cast<Statistics*>(take(rows * hidden / kUnit * sizeof(Statistics)));
-  const size_t qkv_bytes = static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T);
-  a.qkv = reinterpret_cast<T*>(take(shape.words && tokens <= kTile ? std::max(qkv_bytes, word_bytes(a)) : qkv_bytes));
-  a.attended = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
-  a.inner = reinterpret_cast<T*>(take(rows * inner * sizeof(T)));
-  a.summed = reinterpret_cast<T*>(take(rows * hidden * sizeof(T)));
+  a.arrivals = reinterpret_cast<uint32_t*>(take("arrivals", sizeof(uint32_t)));
+  a.context = reinterpret_cast<T*>(take("context", rows * hidden * sizeof(T)));
+  a.partial = reinterpret_cast<Statistics*>(take("partial", rows * hidden / kUnit * sizeof(Statistics)));
+  size_t qkv_bytes = static_cast<size_t>(divide_up(tokens, kTile)) * kTile * hidden * 3 * sizeof(T);
+  if (shape.words && tokens <= kTile) qkv_bytes = std::max(qkv_bytes, word_bytes(a));
+  a.qkv = reinterpret_cast<T*>(take("qkv", qkv_bytes));
+  a.attended = reinterpret_cast<T*>(take("attended", rows * hidden * sizeof(T)));
+  a.inner = reinterpret_cast<T*>(take("inner", rows * inner * sizeof(T)));
+  a.summed = reinterpret_cast<T*>(take("summed", rows * hidden * sizeof(T)));
 #ifdef ALBERT_RESIDENT_TIMES
-  a.times = reinterpret_cast<long long*>(take(kTimesBytes));
+  a.times = reinterpret_cast<long long*>(take("times", kTimesBytes));
 #endif
   return size;
 }
@@ -286,6 +146,31 @@ inline bool valid(const albert_resident_args& a) {
   return valid(a.shape) && a.tokens > 0 && a.tokens <= kMostTokens && a.batch >= 0 && a.passes > 0 &&
          a.activation >= ALBERT_CUDA_GELU_TANH && a.activation <= ALBERT_CUDA_RELU && aligned(a.hidden) &&
          a.cu_seqlens != nullptr && aligned(a.output) && aligned(a.workspace);
+}
+
+inline int launch(const albert_resident_args& given, void* stream) {
+  return with_dtype(given.shape, [&](auto t) {
+    using T = decltype(t);
+    Arguments<T> a{};
+    bool words;
+    if (const int error = layout_of<T>(given.shape, a.layout, words)) return error;
+    lay_out(a, given.shape, given.tokens, given.passes, static_cast<char*>(given.workspace));
+    a.float_parameters = given.shape.parameter_dtype == ALBERT_CUDA_F32;
+    a.batch = given.batch;
+    a.activation = given.activation;
+    a.return_all = given.return_all != 0;
+    a.eps = given.eps;
+    a.hidden = static_cast<const T*>(given.hidden);
+    a.cu_seqlens = given.cu_seqlens;
+    for (int i = 0; i < 16; ++i) a.parameters[i] = given.parameters[i];
+    a.output = static_cast<T*>(given.output);
+    if (words && a.tokens <= kTile) return start_words<T>(a, stream);
+    if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
+      a.layout.instance = OneTile::make().instance;
+      a.layout.blocks = OneTile::kLeastBlocks;  // no others have anything to do
+    }
+    return with_sizes(a.layout, [&](auto s) { return start<T, decltype(s)>(a, stream); });
+  });
 }
 
 }  // namespace albert
@@ -311,28 +196,11 @@ size_t albert_resident_workspace_bytes(const albert_resident_shape* shape, int t
 int albert_resident_encoder(const albert_resident_args* given, void* stream) {
   using namespace albert;
   if (!valid(*given)) return ALBERT_CUDA_BAD_ARGUMENT;
-  return with_dtype(given->shape, [&](auto t) {
-    using T = decltype(t);
-    Arguments<T> a{};
-    bool words;
-    if (const int error = layout_of<T>(given->shape, a.layout, words)) return error;
-    lay_out(a, given->shape, given->tokens, given->passes, static_cast<char*>(given->workspace));
-    a.float_parameters = given->shape.parameter_dtype == ALBERT_CUDA_F32;
-    a.batch = given->batch;
-    a.activation = given->activation;
-    a.return_all = given->return_all != 0;
-    a.eps = given->eps;
-    a.hidden = static_cast<const T*>(given->hidden);
-    a.cu_seqlens = given->cu_seqlens;
-    for (int i = 0; i < 16; ++i) a.parameters[i] = given->parameters[i];
-    a.output = static_cast<T*>(given->output);
-    if (words && a.tokens <= kTile) return start_words<T>(a, stream);
-    if (a.layout.instance == Alone::make().instance && a.tokens <= kTile) {
-      a.layout.instance = OneTile::make().instance;
-      a.layout.blocks = OneTile::kLeastBlocks;  // no others have anything to do
-    }
-    return with_sizes(a.layout, [&](auto s) { return start<T, decltype(s)>(a, stream); });
-  });
+#ifdef __CUDACC__
+  return launch(*given, stream);
+#else
+  return on_host(*given, [&](const albert_resident_args& args) { return launch(args, stream); });
+#endif
 }
 
 const char* albert_cuda_error(int error) {
@@ -349,9 +217,10 @@ const char* albert_cuda_error(int error) {
 }
 
 #ifndef __CUDACC__
-void albert_host_machine(int multiprocessors, int shared_bytes, int has_clusters, unsigned seed) {
+void albert_host_machine(int multiprocessors, int shared_bytes, int has_clusters, unsigned seed, int watched) {
   albert::host_device() = {0, multiprocessors, shared_bytes, has_clusters != 0};
   albert::host_seed() = seed;
+  albert::host_watched() = watched != 0;
 }
 // Of the kernel that ran last.
 int albert_host_instance() { return albert::host_instance(); }

@@ -142,6 +142,13 @@ ALBERT_BOTH constexpr Layout make_layout(int instance, int hidden, int inner, in
   return l;
 }
 
+constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
+
+struct Device {
+  int index, multiprocessors, shared_bytes;  // that a block may have
+  int has_clusters;
+};
+
 // Whether the kernel serves these sizes, if there is room.
 inline bool serves(const Layout& l) {
   for (int units : l.units)

@@ -98,7 +98,8 @@ struct WordSizes {
   static_assert(kThreads >= kCluster * (kWarp + kTile), "a product's warps have no time for statistics");
 };
 
-#ifdef __CUDACC__  // ALBERT base, from 16 clusters on; as an A100 has room for it; of 16 tokens, from 24 clusters on
+#if defined(__CUDACC__) || defined(ALBERT_SIZES_OF_BASE)
+// ALBERT base, from 16 clusters on; as an A100 has room for it; of 16 tokens, from 24 clusters on
 using InClusters = Sizes<1, 768, 3072, 12, 128, 8, 2>;
 using Alone = Sizes<2, 768, 3072, 12, 96, 1, 1>;
 using OneTile = Sizes<3, 768, 3072, 12, 96, 1, 1, true>;

@@ -62,7 +62,7 @@ def test_rates(measured):
 def test_resident(measured, monkeypatch):
     """The kernel's source runs on the CPU here (csrc/cuda/host.h)."""
     monkeypatch.setenv("ALBERT_FAST_CUDA_ON_CPU", "1")
-    native_cuda.load().albert_host_machine(8, 227 << 10, True, 0)
+    native_cuda.load().albert_host_machine(8, 227 << 10, True, 0, False)
     (case,) = measured("resident").cases
     assert case["name"] == "5 tokens in 2 rows"
     peers = [OURS, f"{OURS} in clusters", f"{OURS} without clusters"]

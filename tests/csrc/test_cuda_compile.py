@@ -25,7 +25,7 @@ def ptxas_log(architecture: str) -> str:
     if not path.is_file():
         text = ""
         for source in plan.sources:
-            command = [*plan.command, *plan.flags.split(), "-Xptxas=-v", "-c", str(source), "-o", "/dev/null"]
+            command = [*plan.command, *plan.flags(source).split(), "-Xptxas=-v", "-c", str(source), "-o", "/dev/null"]
             clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the sanitizers'
             result = subprocess.run(command, capture_output=True, text=True, env=clean)
             assert result.returncode == 0, result.stderr

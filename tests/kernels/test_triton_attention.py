@@ -268,8 +268,9 @@ def test_memory_that_is_given(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_offsets_that_are_none_stay_inside(dtype, device):
+def test_offsets_that_are_none_stay_inside(dtype, device, monkeypatch):
     """Nobody looks at their values on a GPU: results mean nothing then, but what is beside them stays."""
+    monkeypatch.setattr("interpreter_checks.CHECKS_ORDER", False)  # sequences overlap
     case = Case([30, 7, 12], device=device, dtype=dtype, slack=30)
     tokens = case.query.shape[0]
     guarded = torch.full((5, tokens + 200, 1, 16), 7.0).to(device, dtype)
