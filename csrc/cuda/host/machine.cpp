@@ -68,7 +68,7 @@ Fibre& self() { return *machine->running; }
 int number() { return self().number; }
 Watch* watch() { return machine->watch.get(); }
 Warp& warp_of(const Fibre& fibre) { return machine->warps[static_cast<size_t>(fibre.number / kWarp)]; }
-// What a kernel has of the machine, and where; the code is whose calls these are.
+// Where in the kernel a function of the machine is called.
 #define ALBERT_CODE __builtin_return_address(0)
 
 void switch_to_scheduler() {
@@ -289,7 +289,7 @@ void pause() {
 void store_whole(void* to, const void* from, size_t bytes) {
   if (watch()) {
     watch()->access(number(), to, bytes, kWrite | kWhole, ALBERT_CODE);
-    watch()->tell_by(to, number(), false);
+    watch()->tell_by(to, number());
   }
   std::memcpy(to, from, bytes);
   tell_others();

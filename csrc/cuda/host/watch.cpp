@@ -63,12 +63,12 @@ void Memory::give_back() const {
 }
 Region* Memory::find(const void* p) {
   const char* at = static_cast<const char*>(p);
-  if (last_ == nullptr || at < last_->begin || at >= last_->begin + last_->bytes) {
-    auto next = regions_.upper_bound(at);
-    if (next == regions_.begin()) return nullptr;
-    last_ = &(--next)->second;
-  }
-  return at < last_->begin + last_->bytes ? last_ : nullptr;
+  if (last_ == nullptr || at < last_->begin || at >= last_->begin + last_->bytes) last_ = before(p);
+  return last_ != nullptr && at < last_->begin + last_->bytes ? last_ : nullptr;
+}
+Region* Memory::before(const void* p) {
+  auto next = regions_.upper_bound(static_cast<const char*>(p));
+  return next == regions_.begin() ? nullptr : &(--next)->second;
 }
 
 // -------------------------------------------------------------------------------------------------------------- clocks
@@ -193,9 +193,9 @@ void Watch::learn_in_warp(int thread, const Known& known) {
   agents_[static_cast<size_t>(thread)].has_news = false;
 }
 
-void Watch::tell_by(const void* p, int thread, bool strong) {
+void Watch::tell_by(const void* p, int thread) {
   Telling telling;
-  tell(thread, telling, strong);
+  tell(thread, telling, false);
   channels_[p].told = telling.take();
 }
 void Watch::add_by(const void* p, int thread) {
@@ -230,8 +230,7 @@ Region& Watch::region_of(int thread, const void* p, size_t bytes, const char* do
   };
   const char* const at = static_cast<const char*>(p);
   if (region == nullptr || at + bytes > region->begin + region->bytes) {
-    const Region* before = region;
-    for (const char* back = at; before == nullptr && memory_.has(back); --back) before = memory_.find(back);
+    const Region* before = memory_.before(p);
     fault(before == nullptr ? "before all that the launch was given"
                             : std::to_string(at + bytes - before->begin) + " from the begin of " + before->name +
                                   ", which has " + std::to_string(before->bytes));

@@ -1,6 +1,6 @@
 // Watches what a launch does to memory, as compute-sanitizer's tools do on a GPU, but across blocks, too, and whatever
 // order the threads happen to take: an access outside of what the launch was given (or of the block's shared memory),
-// a read of what nobody wrote, a write to what is constant, and two accesses of one place, at least one of them a write,
+// a word that is read before it is cleared, a write to what is constant, and two accesses of one place, at least one of them a write,
 // that nothing orders.
 //
 // Order is kept by vector clocks, after FastTrack (Flanagan and Freund, 2009): each thread has a clock, and knows of every
@@ -10,7 +10,8 @@
 //   - what it read has been read (`read`).
 // Words and a warp's instructions carry values and order nothing else: with them come `read`, for who tells what it
 // computed has what it computed it from, and what the teller knew to be done, but nothing is seen by them. Copies that
-// go on beside the thread that started them (sends, copies into shared memory) count as those of another one.
+// go on beside the thread that started them (sends, copies into shared memory) count as those of another one. What a GPU may
+// still do otherwise: take a thread's own accesses to different places in another order, where nothing depends on it.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -68,6 +69,7 @@ class Memory {
   void give_back() const;                    // outputs
 
   Region* find(const void* p);
+  Region* before(const void* p);  // that begins there, or is the last one to begin before
   bool has(const void* p) const { return static_cast<size_t>(static_cast<const char*>(p) - all_) < kBytes; }
 
  private:
@@ -94,7 +96,7 @@ struct Known {
 // What several threads tell, until it is told.
 struct Sum {
   Parts parts;
-  std::array<Clocks, 16> added;  // last: threads that share what they know are the rule
+  std::array<Clocks, 16> added;  // lately: threads that share what they know are the rule
   size_t count = 0;
   void add(const Clocks& x);
   void set(size_t agent, uint32_t clock);
@@ -126,10 +128,10 @@ class Watch {
   void learn_in_warp(int thread, const Known& known);
 
   // Of what lies at an address, by which threads tell each other.
-  void tell_by(const void* p, int thread, bool strong);  // in place of what was told by it
-  void add_by(const void* p, int thread);                // beside it
+  void tell_by(const void* p, int thread);        // a word, in place of the one before
+  void add_by(const void* p, int thread);         // a release, beside those before
+  void tell_in_phase(const void* p, int thread);  // a release, once the phase of arrivals has ended
   void learn_by(const void* p, int thread);
-  void tell_in_phase(const void* p, int thread);  // once the phase has ended
   void end_phase(const void* p);
 
  private:
