@@ -93,7 +93,7 @@ class Launch:
         begins = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
         writers = np.add.reduceat(writes, begins)
         lengths = np.diff(np.r_[begins, places.size])
-        for length in np.unique(lengths[writers > 0]):
+        for length in np.unique(lengths[(writers > 0) & (lengths > 1)]):
             of_length = begins[(writers > 0) & (lengths == length)]
             for group in np.unique(which[of_length[:, None] + np.arange(length)], axis=0):
                 for first, second in itertools.combinations(group, 2):

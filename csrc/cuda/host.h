@@ -43,43 +43,37 @@ inline void hold(int) {}
 // ---- a warp's instructions ----
 inline int lane_index() { return thread_index() % kWarp; }
 inline float shuffle_from(float x, int lane) {
-  host::Lanes& lanes = host::lanes();
+  host::Lanes& lanes = host::next_lanes();
   if (lane < 0 || lane >= kWarp) host::fail("a shuffle from a lane that there is not");
   lanes.number[lane_index()] = x;
   host::meet("shuffle");
-  const float other = lanes.number[lane];
-  host::meet("shuffle");
-  return other;
+  return lanes.number[lane];
 }
 inline float shuffle_xor(float x, int mask) { return shuffle_from(x, lane_index() ^ mask); }
 inline bool any_in_warp(bool x) {
-  host::Lanes& lanes = host::lanes();
+  host::Lanes& lanes = host::next_lanes();
   lanes.number[lane_index()] = x ? 1.0f : 0.0f;
   host::meet("any");
   bool any = false;
   for (const float one : lanes.number) any |= one != 0.0f;
-  host::meet("any");
   return any;
 }
 inline Eight gather_quad(uint32_t pair) {
-  host::Lanes& lanes = host::lanes();
+  host::Lanes& lanes = host::next_lanes();
   const int lane = lane_index();
-  lanes.b[lane][0] = pair;
+  lanes.pair[lane] = pair;
   host::meet("gather");
   Eight x;
-  for (int i = 0; i < 4; ++i) x.pair[i] = lanes.b[lane / 4 * 4 + i][0];
-  host::meet("gather");
+  for (int i = 0; i < 4; ++i) x.pair[i] = lanes.pair[lane / 4 * 4 + i];
   return x;
 }
 inline uint32_t transpose(uint32_t pair) {
-  host::Lanes& lanes = host::lanes();
+  host::Lanes& lanes = host::next_lanes();
   const int lane = lane_index(), column = lane / 4;
-  lanes.b[lane][0] = pair;
+  lanes.pair[lane] = pair;
   host::meet("transpose");
-  const auto element = [&](int row) { return lanes.b[row * 4 + column / 2][0] >> column % 2 * 16 & 0xffffu; };
-  const uint32_t x = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
-  host::meet("transpose");
-  return x;
+  const auto element = [&](int row) { return lanes.pair[row * 4 + column / 2] >> column % 2 * 16 & 0xffffu; };
+  return element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
 }
 
 template <class X>
@@ -137,10 +131,9 @@ inline float inverse(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Fp16 x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const float size = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                     : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  const uint32_t bits = x.bits & 0x7fffu;
+  // The exponent is 112 more in float; numbers too small for one in fp16 become right by the product, too.
+  const float size = bits > 0x7c00 ? NAN : bits == 0x7c00 ? INFINITY : float_of(bits << 13) * 0x1p112f;
   return x.bits >> 15 ? -size : size;
 }
 inline void from_float(float x, Bf16& y) {
@@ -175,24 +168,23 @@ inline uint32_t pack_pair(float first, float second, T) {
 
 template <class T>
 inline void multiply_add(Four& sum, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
-  host::Lanes& lanes = host::lanes();
+  host::Lanes& lanes = host::next_lanes();
   const int lane = lane_index();
-  std::memcpy(lanes.a[lane], a, sizeof a);
-  lanes.b[lane][0] = b0;
-  lanes.b[lane][1] = b1;
-  host::meet("multiply");
-  const auto element = [](uint32_t pair, int which) {
-    return to_float(T{static_cast<uint16_t>(which == 0 ? pair : pair >> 16)});
+  const auto tell = [](float* to, uint32_t pair) {
+    to[0] = to_float(T{static_cast<uint16_t>(pair)});
+    to[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
   };
+  for (int i = 0; i < 4; ++i) tell(lanes.a[lane] + 2 * i, a[i]);
+  tell(lanes.b[lane], b0);
+  tell(lanes.b[lane] + 2, b1);
+  host::meet("multiply");
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const int pair = k / 2, holder = row % 8 * 4 + pair % 4;
-      const float x = element(lanes.a[holder][row / 8 + pair / 4 * 2], k % 2);
-      sum.value[i] += x * element(lanes.b[column * 4 + pair % 4][pair / 4], k % 2);
+      const int holder = k / 2 % 4, place = k / 8 * 2;
+      sum.value[i] += lanes.a[row % 8 * 4 + holder][(row / 8 + place) * 2 + k % 2] * lanes.b[column * 4 + holder][place + k % 2];
     }
   }
-  host::meet("multiply");
 }
 
 }  // namespace albert

@@ -23,6 +23,7 @@ struct Fibre {
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
   int block, thread, number;  // number: among all threads
+  int instructions = 0;       // of its warp, so far
 };
 
 // Fibres that wait for `count` of them.
@@ -36,7 +37,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   bool slow = false;
-  Lanes lanes;
+  Lanes lanes[2];  // in turn
 };
 
 struct Machine {
@@ -251,7 +252,7 @@ int block_index() { return self().block; }
 int block_count() { return machine->launch.blocks; }
 char* shared_memory() { return machine->shared[static_cast<size_t>(self().block)]; }
 
-Lanes& lanes() { return warp_of(self()).lanes; }
+Lanes& next_lanes() { return warp_of(self()).lanes[++self().instructions % 2]; }
 void meet(const char* what) {
   Barrier& barrier = warp_of(self()).barrier;
   if (barrier.waiting.empty())

@@ -32,10 +32,12 @@ char* shared_memory();
 // What a warp's lanes tell each other in one instruction.
 struct Lanes {
   float number[32];
-  uint32_t a[32][4], b[32][2];
+  uint32_t pair[32];
+  float a[32][8], b[32][4];  // of a product
 };
-Lanes& lanes();
-// All lanes, before they read what the others told and before they tell anew; what: the instruction.
+// Those of the next instruction: while some lanes read what was told in one, others may tell in the next one already.
+Lanes& next_lanes();
+// All lanes, before they read what the others told; what: the instruction.
 void meet(const char* what);
 
 void sync_block();
