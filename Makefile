@@ -40,9 +40,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every Triton kernel on every architecture, compiled without a GPU by both versions of Triton that are supported; with
-# which configurations is in the docstring of kernels/aot.py. Minutes where nothing of it is in the cache, seconds otherwise.
+# Every kernel on every architecture, compiled without a GPU: CUDA C++ by nvcc, Triton's by both versions of Triton that are
+# supported; with which configurations is in the docstring of kernels/aot.py. Minutes where nothing of it is in the cache,
+# seconds otherwise.
 aot: $(STAMP) $(VENV36)/.installed
+	$(BIN)/pytest -n 2 tests/csrc/test_cuda_compile.py
 	$(BIN)/python -m albert_fast.kernels.aot --all $(ARGS)
 	$(VENV36)/bin/python -m albert_fast.kernels.aot --all $(ARGS)
 

@@ -176,10 +176,19 @@ class Job:
         }
 
 
+def _alike(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that nothing tells apart; a job's digest, which takes long, says what is compiled alike."""
+    values = [
+        (name, type(x), (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x)
+        for name, x in (launch.arguments | launch.constants).items()
+    ]
+    return launch.kernel, id(launch.tiles), launch.dtype, *values
+
+
 def jobs(launches: Iterable[Launch], architectures: Sequence[int], all_configs: bool) -> list[Job]:
     """What to compile, each once."""
     found = []
-    for launch in launches:
+    for launch in {_alike(launch): launch for launch in launches}.values():
         for architecture in architectures:
             configs = launch.tiles.of(architecture, launch.dtype)
             for config in configs if all_configs else configs[:1]:

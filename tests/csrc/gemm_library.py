@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
@@ -58,19 +58,19 @@ def build(folder: Path) -> Path:
     return folder / "libgemm.so"
 
 
+THREADS = ThreadPoolExecutor(64)
 RUN = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_void_p, c_void_p)
 TASK = ctypes.CFUNCTYPE(None, c_void_p, c_int)
 
 
 @RUN
 def run_in_threads(context, tasks, task, argument):
-    """The caller's side of albert_parallel: a thread for each task."""
+    """The caller's side of albert_parallel: a thread for each task, the caller's for one of them."""
     call = TASK(task)
-    threads = [threading.Thread(target=call, args=(argument, i)) for i in range(tasks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    others = [THREADS.submit(call, argument, i) for i in range(1, tasks)]
+    call(argument, 0)
+    for other in others:
+        other.result()
 
 
 class Parallel(ctypes.Structure):
