@@ -90,6 +90,12 @@ def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, mon
             return [finding for finding in check.check(cases, expected, TURNS) if finding.failed]
 
     failed = failing(chosen)
+    for _ in range(2):
+        if any(finding.case == chosen[0].name for finding in failed):
+            break
+        # Beside what else runs here the ratio itself may have moved since: by more than what a fifth is over the band.
+        expected |= check.measure(chosen[:1], TURNS)
+        failed = failing(chosen)
     assert [finding.case for finding in failed][:1] == [chosen[0].name]
     assert len(failed[0].ratios) == check.ATTEMPTS
     # Who else fails does so without the delay, too: then it is the machine that has changed. It may have changed back
