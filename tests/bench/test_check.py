@@ -83,6 +83,8 @@ def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, mon
     for _ in range(2):
         assert not [finding for finding in check.check(chosen, expected, TURNS) if finding.failed]
     slower = delayed("attention", 0.2 / share_of("attention", chosen[0], monkeypatch))
+    # Beside what else runs here ratios move by what a fifth is beyond the band: so it is held against one of that time.
+    expected |= check.measure(chosen[:1], TURNS)
 
     def failing(cases):
         with monkeypatch.context() as patched:
@@ -90,12 +92,6 @@ def test_unchanged_code_passes_twice_and_a_delay_of_a_fifth_does_not(chosen, mon
             return [finding for finding in check.check(cases, expected, TURNS) if finding.failed]
 
     failed = failing(chosen)
-    for _ in range(2):
-        if any(finding.case == chosen[0].name for finding in failed):
-            break
-        # Beside what else runs here the ratio itself may have moved since: by more than what a fifth is over the band.
-        expected |= check.measure(chosen[:1], TURNS)
-        failed = failing(chosen)
     assert [finding.case for finding in failed][:1] == [chosen[0].name]
     assert len(failed[0].ratios) == check.ATTEMPTS
     # Who else fails does so without the delay, too: then it is the machine that has changed. It may have changed back

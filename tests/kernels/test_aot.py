@@ -19,9 +19,10 @@ import torch
 
 from albert_fast.kernels import aot
 from albert_fast.kernels.aot import Measured, Row
-from albert_fast.kernels.launch import ARCHITECTURES
+from albert_fast.kernels.launch import ARCHITECTURES, Config, Launch, Tiles
 
 KB = 1024
+TILES = Tiles(Config({"M": 16}), {80: [Config({"M": 64})]}, {80: [Config({"M": 32})]})
 
 
 def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +74,26 @@ def test_grids_hold_many_tokens(monkeypatch):
                 first, *others = launch.grid(config.blocks)
                 assert first < 2**31, launch.kernel
                 assert max(others, default=0) < 2**16, (launch.kernel, config, others)
+
+
+@pytest.mark.parametrize("change", ["nothing", "value", "dtype", "none", "boolean", "constant", "tiles", "elements"])
+def test_launches_that_differ_are_told_apart(change):
+    def make(x=torch.float32, rows=1, bias: object = 2.0, dim=64, tiles=TILES, dtype=torch.float32):
+        arguments = {"x": torch.empty(3, dtype=x, device="meta"), "rows": rows, "bias": bias}
+        return aot._alike(Launch("kernel", arguments, {"DIM": dim}, tiles, dtype, lambda blocks: (1,)))
+
+    changes = {
+        "nothing": {},
+        "value": {"rows": 16},
+        "dtype": {"x": torch.float16},
+        "none": {"bias": None},
+        "boolean": {"rows": True},
+        "constant": {"dim": 128},
+        "tiles": {"tiles": replace(TILES)},
+        "elements": {"dtype": torch.bfloat16},
+    }
+    assert (make() == make(**changes[change])) == (change == "nothing")
+    assert len({make(), make(**changes[change])}) == (1 if change == "nothing" else 2)
 
 
 # -------------------------------------------------------------------------------------------------- kernels with faults
