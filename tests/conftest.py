@@ -1,4 +1,4 @@
-"""What every test gets: a fresh seed that is printed, poisoned memory, one thread a worker, and a device."""
+"""What every test gets: room, a fresh seed that is printed, poisoned memory, one thread a worker, and a device."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from turnstile import turnstile
 
 # Without a GPU the Triton kernels are tried in Triton's interpreter. It has to be asked for before they are imported.
 if not torch.cuda.is_available():
@@ -27,6 +28,16 @@ pytest.register_assert_rewrite("ops.parity")
 # Two workers with a thread for each core would fight over the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The other workers' tests wait while one that is marked `alone` takes its times."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with turnstile(tmp_path_factory.getbasetemp().parent, request.node.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.fixture(autouse=True)
