@@ -155,8 +155,9 @@ def assert_equal(results, model, peer, inputs, tolerance=TOLERANCE, **ours_alone
 
     Where float32 does not determine one so well (key.bias's gradient is nothing but rounding, two logits may cancel),
     ours is at most twice as far from the float64 one as transformers' own, and two epsilon of it, or of all gradients:
-    the median of five roundings beside the worst of five, for one rounding of ours alone lies beyond that by chance.
-    In float64, which has no finer oracle, a hundredth of the tolerance of the whole takes the place of that.
+    the median of five roundings beside the worst of five, for one rounding of ours alone lies beyond that by chance;
+    none of them lies beyond twice that. In float64, which has no finer oracle, a hundredth of the tolerance of the
+    whole takes the place of that.
     """
     ours = [results(model, inputs | ours_alone)]
     theirs = [results(peer, inputs)]
@@ -184,9 +185,11 @@ def assert_equal(results, model, peer, inputs, tolerance=TOLERANCE, **ours_alone
         theirs.append(results(one, inputs))
     epsilon = torch.finfo(torch.float32).eps
     for name in loose:
-        off = torch.stack([(one[name] - exact[name]).norm() for one in ours]).median()
+        off = torch.stack([(one[name] - exact[name]).norm() for one in ours])
         allowed = 2 * torch.stack([(one[name] - exact[name]).norm() for one in theirs]).max() + 2 * epsilon * size[name]
-        assert off <= allowed, f"{name}: {off:.3g} off, {allowed:.3g} allowed, of {exact[name].norm():.3g}"
+        found = f"{name}: {off.tolist()} off, {allowed:.3g} allowed, of {exact[name].norm():.3g}"
+        assert off.median() <= allowed, found
+        assert off.max() <= 2 * allowed, found
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -233,8 +236,7 @@ def test_ragged_batch_equals_transformers(head, unpad, device):
     inputs |= labels
     assert_equal(real_outputs, model.train(), peer.train(), inputs, unpad=unpad, **extra)
     if unpad:
-        states = model(**inputs, output_hidden_states=True)["hidden_states"]
-        assert not any(one[~mask].any() for one in states)
+        assert not outputs(model, inputs | {"output_hidden_states": True})["hidden_states"][:, ~mask].any()
     if not padding_counts:
         assert_equal(gradients, model, peer, inputs, unpad=unpad)
 
