@@ -243,27 +243,25 @@ def test_is_as_accurate_as_pytorch(implementation, dtype, variant, device, monke
     assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
 
 
-def base_model(dtype, device):
-    return Case(ragged_lengths(), 768, 3072, num_layers=12, num_heads=12, dtype=dtype, device=device)
+def twelve_passes_of_a_model_of_base_size(implementation, dtype, device, monkeypatch):
+    case = Case(ragged_lengths(), 768, 3072, num_layers=12, num_heads=12, dtype=dtype, device=device)
+    function = case.implementation(implementation, monkeypatch)
+    return case, differentiate(function, case.tensors, case.upstream), case.expected()
 
 
 @pytest.mark.slow
 @parametrize_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @judged_over_draws
-def test_twelve_passes_of_a_model_of_base_size(implementation, dtype, device, monkeypatch):
-    case = base_model(dtype, device)
-    function = case.implementation(implementation, monkeypatch)
-    actual, expected = differentiate(function, case.tensors, case.upstream), case.expected()
+def test_twelve_passes_are_as_accurate_as_pytorch(implementation, dtype, device, monkeypatch):
+    case, actual, expected = twelve_passes_of_a_model_of_base_size(implementation, dtype, device, monkeypatch)
     assert_all_as_accurate_as(actual, case.peer(), expected, case.scales(expected))
 
 
 @pytest.mark.slow
 @parametrize_implementation
-def test_twelve_passes_of_a_model_of_base_size_in_float64(implementation, device, monkeypatch):
-    case = base_model(torch.float64, device)
-    function = case.implementation(implementation, monkeypatch)
-    actual, expected = differentiate(function, case.tensors, case.upstream), case.expected()
+def test_twelve_passes_equal_the_formula(implementation, device, monkeypatch):
+    case, actual, expected = twelve_passes_of_a_model_of_base_size(implementation, torch.float64, device, monkeypatch)
     # What is expected is no more exact: twelve passes of rounding on either side.
     assert_all_close(actual, expected, 1e-13, case.scales(expected))
 
