@@ -1,6 +1,5 @@
-// y = epilogue(x . weight^T), by rectangles of y. A task packs a chunk of rows of x, which then stays in L2 while the
-// weight's panels pass by: each panel is read from L3 once a chunk, and from L2 once for each of its blocks.
-// Compiled once per instruction set.
+// y = epilogue(x . weight^T), by rectangles of y. A task packs a chunk of rows of x, and the weight's panels pass by:
+// each is read from L3 once a chunk (Tiling says in which order). Compiled once per instruction set.
 #include "gemm_epilogue.h"
 #include "gemm_kernels.h"
 #include "gemm_tiling.h"
@@ -12,13 +11,14 @@ namespace {
 
 struct Plan {
   const PackedWeight& weight;
+  Tiling tiling;
   Grid grid;
-  int64_t blocks, chunks;           // of rows, in all
-  int64_t rows;                     // in the largest chunk
-  size_t packed, quantized, sums;   // bytes of a task's workspace for each
-  size_t shared_sums;               // LayerNorm over rows that several tasks share: one [m][n] for all
+  int64_t blocks, chunks;                 // of rows, in all
+  int64_t rows;                           // in the largest chunk
+  size_t packed, tiles, quantized, sums;  // bytes of a task's workspace for each
+  size_t shared_sums;                     // LayerNorm over rows that several tasks share: one [m][n] for all
   int tasks() const { return grid.rows * grid.panels; }
-  size_t task_bytes() const { return kCacheLine + packed + quantized + sums; }
+  size_t task_bytes() const { return kCacheLine + packed + tiles + quantized + sums; }
   size_t bytes() const { return task_bytes() * tasks() + shared_sums; }
 };
 
@@ -28,14 +28,17 @@ double pack_cycles(const PackedWeight& w) { return w.dtype == ALBERT_INT8 ? kQua
 
 Plan make_plan(const albert_gemm_args& args, int threads) {
   const auto& w = *static_cast<const PackedWeight*>(args.weight);
-  Plan plan{w, choose_grid(threads, args.m, w.panels(), pack_cycles(w)), 0, 0, 0, 0, 0, 0, 0};
-  plan.blocks = larger(divide_up(args.m, kMaxRows), plan.grid.rows);
+  const Tiling tiling = tiling_of(w.unit, w.steps);
+  Plan plan{w, tiling, choose_grid(tiling, threads, args.m, w.panels(), pack_cycles(w)), 0, 0, 0, 0, 0, 0, 0, 0};
+  plan.blocks = larger(divide_up(args.m, tiling.rows), plan.grid.rows);
   // As many chunks for each task, where there are enough rows.
-  const int64_t chunks = divide_up(plan.blocks, chunk_rows(w.steps) / kMaxRows);
+  const int64_t chunks = divide_up(plan.blocks, tiling.chunk_rows(w.steps) / tiling.rows);
   plan.chunks = smaller(divide_up(chunks, plan.grid.rows) * plan.grid.rows, plan.blocks);
-  plan.rows = smaller(divide_up(plan.blocks, plan.chunks) * kMaxRows, args.m);
+  plan.rows = smaller(divide_up(plan.blocks, plan.chunks) * tiling.rows, args.m);
   plan.packed = static_cast<size_t>(plan.rows * w.steps * 4);
   plan.packed = round_up(plan.packed, kCacheLine);
+  const int64_t rows = tiling.slice < w.steps ? plan.rows : tiling.rows;
+  plan.tiles = static_cast<size_t>(rows * tiling.at_once * kPanel) * sizeof(float);
   if (w.dtype == ALBERT_INT8) plan.quantized = round_up(static_cast<size_t>(plan.rows * 8 + w.k), kCacheLine);
   if (norm_in_scratch(args))
     (plan.grid.panels == 1 ? plan.sums : plan.shared_sums) =
@@ -47,6 +50,7 @@ Plan make_plan(const albert_gemm_args& args, int threads) {
 struct Scratch {
   int64_t* drawn;  // chunks of the task's own
   char* packed;
+  float* tiles;  // of one block, or where the panels come in slices of all
   float* x_scale;
   int32_t* x_zero;
   uint8_t* buffer;
@@ -54,16 +58,18 @@ struct Scratch {
   Scratch(const Plan& plan, char* base)
       : drawn(reinterpret_cast<int64_t*>(base)),
         packed(base + kCacheLine),
-        x_scale(reinterpret_cast<float*>(packed + plan.packed)),
+        tiles(reinterpret_cast<float*>(packed + plan.packed)),
+        x_scale(reinterpret_cast<float*>(packed + plan.packed + plan.tiles)),
         x_zero(reinterpret_cast<int32_t*>(x_scale + plan.rows)),
         buffer(reinterpret_cast<uint8_t*>(x_zero + plan.rows)),
-        sums(reinterpret_cast<float*>(packed + plan.packed + plan.quantized)) {}
+        sums(reinterpret_cast<float*>(packed + plan.packed + plan.tiles + plan.quantized)) {}
 };
 
 // What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
 struct Chunk {
   int64_t m, all_blocks, first_block, blocks, panel_begin, panel_end;
-  const char* then;  // what is read after the last panel: the next product's first, or null
+  const PackedWeight* then;  // what is read after the last panel: the next product's, from then_panel on; or null
+  int64_t then_panel;
   int64_t row(int64_t b) const { return part_begin(m, all_blocks, first_block + b); }
   int64_t first() const { return row(0); }
   int64_t end() const { return row(blocks); }
@@ -99,17 +105,20 @@ void pack(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s,
   }
 }
 
-// A block of packed rows times one panel, into the tile.
-void multiply(const PackedWeight& w, MicroKernel kernel, int rows, const char* x, const char* panel, float* tile,
-              Soon soon) {
+// Steps [step, end) of a block of packed rows times a panel or two, added to their tiles.
+void multiply(const PackedWeight& w, const KernelTable& kernels, int rows, const char* x, int64_t panel, int64_t panels,
+              int64_t step, int64_t end, float* tiles, Soon soon) {
   const int64_t most = w.dtype == ALBERT_INT8 ? w.steps : steps_per_sum(w.steps);  // integers are exact
-  int64_t step = 0;
-  do {  // once even if k == 0: the tile must be zeroed
-    const int64_t steps = smaller(most, w.steps - step);
-    kernel(x + step * rows * 4, panel + step * kPanel * 4, steps, tile, step > 0, soon);
+  do {  // once even if k == 0: the tiles must be zeroed
+    const int64_t steps = smaller(most, end - step);
+    const char *rows_at = x + step * rows * 4, *at = w.panel_data(panel) + step * kPanel * 4;
+    if (panels == 2)
+      kernels.pairs[rows](rows_at, at, w.steps * kPanel, steps, tiles, step > 0, soon);
+    else
+      kernels.of[rows](rows_at, at, steps, tiles, step > 0, soon);
     step += steps;
     soon.data += steps / kLine * soon.lines * kCacheLine;
-  } while (step < w.steps);
+  } while (step < end);
 }
 
 // Brings a tile's lines of y into cache while it is computed. Of int8 tiles alone, which end within a few thousand cycles:
@@ -121,83 +130,88 @@ void ask_for(const T* y, int64_t stride, int rows) {
       _mm_prefetch(reinterpret_cast<const char*>(y + r * stride) + i, _MM_HINT_T0);
 }
 
-// A block's share of the panel that comes a group later.
-Soon share_of(const PackedWeight& w, const Chunk& chunk, int64_t panel, int64_t b) {
+// A block's share of the next slice of this group, or of the first of the next group.
+Soon share_of(const PackedWeight& w, const Tiling& tiling, const Chunk& chunk, int64_t panel, int64_t step, int64_t b) {
   constexpr int64_t per_line = kPanel * 4 / kCacheLine;
-  const int64_t lines = round_up(divide_up(kLine * per_line, chunk.blocks), 4), beyond = panel - chunk.panel_end;
-  const char* data = w.panel_data(panel);
-  if (beyond >= 0) {
-    if (chunk.then == nullptr) return {};
-    data = chunk.then + beyond * static_cast<int64_t>(w.panel_bytes());
-  }
-  return {data + b * (w.steps / kLine) * lines * kCacheLine, static_cast<int>(lines)};
+  const int64_t lines = round_up(divide_up(kLine * per_line, chunk.blocks), 4);
+  const int64_t asked = b * ((smaller(step + tiling.slice, w.steps) - step) / kLine) * lines * kCacheLine;
+  const auto soon = [&](const PackedWeight& of, int64_t at, int64_t bytes) {
+    return Soon{of.panel_data(at) + bytes + asked, static_cast<int>(lines), static_cast<int64_t>(of.panel_bytes())};
+  };
+  if (step + tiling.slice < w.steps) return soon(w, panel, (step + tiling.slice) * kPanel * 4);
+  panel += tiling.group;
+  if (panel < chunk.panel_end) return soon(w, panel, 0);
+  return chunk.then == nullptr ? Soon{} : soon(*chunk.then, chunk.then_panel + panel - chunk.panel_end, 0);
 }
 
-// Where a task along the panels begins to read the next product's weight.
-const char* first_panel(const void* weight, int threads, int64_t m, int index) {
-  if (weight == nullptr) return nullptr;
-  const auto& w = *static_cast<const PackedWeight*>(weight);
-  const Grid grid = choose_grid(threads, m, w.panels(), pack_cycles(w));
-  return w.panel_data(part_begin(w.panels(), grid.panels, index % grid.panels));
+// Where a task along the panels begins to read a weight.
+int64_t first_panel(const PackedWeight& w, int threads, int64_t m, int index) {
+  const Grid grid = choose_grid(tiling_of(w.unit, w.steps), threads, m, w.panels(), pack_cycles(w));
+  return part_begin(w.panels(), grid.panels, index % grid.panels);
+}
+
+// A tile from its sums to t. What becomes of an int8 tile happens in registers alone, mostly.
+template <class Y, class T>
+void finish(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s, float* tile, int rows, int64_t begin,
+            int64_t row, int64_t column, const Rows<T>& t) {
+  const int columns = static_cast<int>(smaller(kPanel, w.n - column));
+  const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
+  T* out = t.row(row) + column;
+  if (w.dtype == ALBERT_INT8) {
+    const bool plain = args.pre_activation == nullptr && args.activation_input == nullptr;
+    const auto dequantize_to = [&](auto put) __attribute__((always_inline)) {
+      dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column, bias,
+                 columns, put);
+    };
+    const auto put = [&](int r, F a, F b) __attribute__((always_inline)) {
+      T* y = out + r * t.stride;
+      if (columns == kPanel) return store_pair(y, a, b);
+      store_columns(y, a, columns);
+      store_columns(y + kLanes, b, columns - kLanes);
+    };
+    if (plain && args.residual == nullptr && args.activation == ALBERT_NONE) return dequantize_to(put);
+    if (plain && args.residual == nullptr && args.activation == ALBERT_GELU_TANH)
+      return dequantize_to([&](int r, F a, F b) { put(r, gelu_tanh_short(a), gelu_tanh_short(b)); });
+    if (plain && args.residual != nullptr && args.activation == ALBERT_NONE) {
+      const Y* residual = static_cast<const Y*>(args.residual) + row * args.residual_stride + column;
+      return dequantize_to([&](int r, F a, F b) {
+        const Y* summand = residual + r * args.residual_stride;
+        put(r, add(a, load_columns(summand, columns)), add(b, load_columns(summand + kLanes, columns - kLanes)));
+      });
+    }
+    dequantize_to([&](int r, F a, F b) { store_pair(tile + r * kPanel, a, b); });
+  } else if (bias != nullptr) {
+    add_bias(tile, rows, bias, columns);
+  }
+  finish_tile<Y>(args, tile, rows, columns, row, column, out, t.stride);
 }
 
 // t gets everything up to LayerNorm. Y is y's format.
 template <class Y, class T>
-void run_chunk(const albert_gemm_args& args, const PackedWeight& w, const KernelTable& kernels, const Scratch& s,
+void run_chunk(const albert_gemm_args& args, const Plan& plan, const KernelTable& kernels, const Scratch& s,
                const Chunk& chunk, const Rows<T>& t) {
-  alignas(64) float tile[kMaxRows * kPanel];
-  const int64_t group = panel_group(w.steps);
-  // What becomes of an int8 tile in registers alone.
-  const bool plain = args.pre_activation == nullptr && args.activation_input == nullptr;
-  const bool adds = plain && args.residual != nullptr && args.activation == ALBERT_NONE;
-  const bool straight = plain && args.residual == nullptr;
-  for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += group)
-    for (int64_t b = 0; b < chunk.blocks; ++b) {
-      const int64_t begin = chunk.block_begin(b), row = chunk.row(b);
-      const int rows = chunk.block_rows(b);
-      if (g == chunk.panel_begin) pack(args, w, s, chunk.first(), begin, rows);
-      for (int64_t p = g; p < smaller(g + group, chunk.panel_end); ++p) {
-        const int64_t column = p * kPanel;
-        const int columns = static_cast<int>(smaller(kPanel, w.n - column));
-        T* out = t.row(row) + column;
-        if (w.dtype == ALBERT_INT8) ask_for(out, t.stride, rows);
-        multiply(w, kernels.of[rows], rows, s.packed + begin * w.steps * 4, w.panel_data(p), tile,
-                 share_of(w, chunk, p + group, b));
-        const float* bias = args.bias == nullptr ? nullptr : args.bias + column;
-        if (w.dtype == ALBERT_INT8) {
-          const auto dequantize_to = [&](auto put) __attribute__((always_inline)) {
-            dequantize(tile, rows, s.x_scale + begin, s.x_zero + begin, w.scales() + column, w.column_sums() + column,
-                       bias, columns, put);
-          };
-          const auto put = [&](int r, F a, F b) __attribute__((always_inline)) {
-            T* y = out + r * t.stride;
-            if (columns == kPanel) return store_pair(y, a, b);
-            store_columns(y, a, columns);
-            store_columns(y + kLanes, b, columns - kLanes);
-          };
-          if (straight && args.activation == ALBERT_NONE) {
-            dequantize_to(put);
-            continue;
-          }
-          if (straight && args.activation == ALBERT_GELU_TANH) {
-            dequantize_to([&](int r, F a, F b) { put(r, gelu_tanh_short(a), gelu_tanh_short(b)); });
-            continue;
-          }
-          if (adds) {
-            const Y* residual = static_cast<const Y*>(args.residual) + row * args.residual_stride + column;
-            dequantize_to([&](int r, F a, F b) {
-              const Y* summand = residual + r * args.residual_stride;
-              put(r, add(a, load_columns(summand, columns)), add(b, load_columns(summand + kLanes, columns - kLanes)));
-            });
-            continue;
-          }
-          dequantize_to([&](int r, F a, F b) { store_pair(tile + r * kPanel, a, b); });
-        } else if (bias != nullptr) {
-          add_bias(tile, rows, bias, columns);
+  const PackedWeight& w = plan.weight;
+  const Tiling& tiling = plan.tiling;
+  const bool sliced = tiling.slice < w.steps;
+  for (int64_t g = chunk.panel_begin; g < chunk.panel_end; g += tiling.group) {
+    const int64_t group_end = smaller(g + tiling.group, chunk.panel_end);
+    for (int64_t step = 0; step == 0 || step < w.steps; step += tiling.slice)
+      for (int64_t b = 0; b < chunk.blocks; ++b) {
+        const int64_t begin = chunk.block_begin(b), row = chunk.row(b), end = smaller(step + tiling.slice, w.steps);
+        const int rows = chunk.block_rows(b);
+        float* tiles = s.tiles + (sliced ? begin * tiling.at_once * kPanel : 0);
+        if (g == chunk.panel_begin && step == 0) pack(args, w, s, chunk.first(), begin, rows);
+        for (int64_t p = g; p < group_end; p += tiling.at_once) {
+          const int64_t panels = smaller(tiling.at_once, group_end - p);
+          if (w.dtype == ALBERT_INT8) ask_for(t.row(row) + p * kPanel, t.stride, rows);
+          multiply(w, kernels, rows, s.packed + begin * w.steps * 4, p, panels, step, end, tiles,
+                   share_of(w, tiling, chunk, p, step, b));
+          if (end < w.steps) continue;
+          for (int64_t i = 0; i < panels; ++i)
+            finish<Y>(args, w, s, tiles + i * rows * kPanel, rows, begin, row, (p + i) * kPanel, t);
         }
-        finish_tile<Y>(args, tile, rows, columns, row, column, out, t.stride);
       }
-    }
+  }
 }
 
 template <class Y>
@@ -231,7 +245,8 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
   auto task = [&](int index) {
     const Scratch s = scratch_of(index);
     // After a chunk that is not a task's only one the same panels come again.
-    const char* then = plan.chunks > grid.rows ? nullptr : first_panel(args.next_weight, thread_count(parallel), args.m, index);
+    const auto* then = plan.chunks > grid.rows ? nullptr : static_cast<const PackedWeight*>(args.next_weight);
+    const int64_t then_panel = then == nullptr ? 0 : first_panel(*then, thread_count(parallel), args.m, index);
     for (int turn = 0; turn < tasks;) {
       const int owner = (index + turn) % tasks, i = owner / grid.panels, j = owner % grid.panels;
       const int64_t c = __atomic_fetch_add(scratch_of(owner).drawn, 1, __ATOMIC_RELAXED);
@@ -241,13 +256,14 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
       }
       const int64_t block = part_begin(plan.blocks, plan.chunks, c);
       const Chunk chunk{args.m, plan.blocks, block, part_begin(plan.blocks, plan.chunks, c + 1) - block,
-                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1), then};
+                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1),
+                        then, then_panel};
       if (norm) {
         const Rows<float> t = before_norm(s.sums, chunk.first());
-        run_chunk<Y>(args, w, kernels, s, chunk, t);
+        run_chunk<Y>(args, plan, kernels, s, chunk, t);
         if (whole_rows) normalize<Y>(args, w.n, chunk.first(), chunk.end(), t);  // while they are in cache
       } else {
-        run_chunk<Y>(args, w, kernels, s, chunk, Rows<Y>{static_cast<Y*>(args.y), args.y_stride, 0});
+        run_chunk<Y>(args, plan, kernels, s, chunk, Rows<Y>{static_cast<Y*>(args.y), args.y_stride, 0});
       }
     }
   };

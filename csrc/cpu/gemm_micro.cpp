@@ -52,37 +52,45 @@ ALBERT_INLINE I load_sum(const I*, const void* p) { return load(static_cast<cons
 ALBERT_INLINE void store_sum(void* p, F x) { store(static_cast<float*>(p), x); }
 ALBERT_INLINE void store_sum(void* p, I x) { store(static_cast<int*>(p), x); }
 
-// sums = rows . columns
-template <class Dot, RowLayout layout, int rows>
-ALBERT_INLINE void multiply(const void* row_units, const void* panel, long steps, Soon soon,
-                            typename Dot::Sum (&sums)[rows][kColumns]) {
+// sums = rows . columns: of one panel, asked for a little ahead, or of two that are in L1.
+template <class Dot, RowLayout layout, int rows, int panels>
+ALBERT_INLINE void multiply(const void* row_units, const void* panel, long apart, long steps, Soon soon,
+                            typename Dot::Sum (&sums)[panels][rows][kColumns]) {
   constexpr int unroll = 4;
   constexpr long row_stride = layout == RowLayout::lines ? kLine : 1;
   constexpr long step_stride = layout == RowLayout::lines ? 1 : rows;
   const int* a = static_cast<const int*>(row_units);
   const int* b = static_cast<const int*>(panel);
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = none(typename Dot::Sum());
+  for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c) sums[p][r][c] = none(typename Dot::Sum());
 
   for (; steps > 0; steps -= kLine) {
     for (int part = 0; part < kLine / unroll; ++part) {
-      for (int i = 0; i < soon.lines; i += kLine / unroll, soon.data += 64) _mm_prefetch(soon.data, _MM_HINT_T1);
+      for (int i = 0; i < soon.lines; i += kLine / unroll, soon.data += 64)
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; ++p) _mm_prefetch(soon.data + p * soon.apart, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int s = 0; s < unroll; ++s) {
-        I column[kColumns];
+        I column[panels][kColumns];
 #pragma GCC unroll 2
-        for (int c = 0; c < kColumns; ++c) {
-          column[c] = load(b + s * kPanel + c * kLanes);
-          if (c * kLanes % kLine == 0)
-            _mm_prefetch(reinterpret_cast<const char*>(b + (s + kAhead) * kPanel + c * kLanes), _MM_HINT_T0);
-        }
+        for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 2
+          for (int c = 0; c < kColumns; ++c) {
+            column[p][c] = load(b + p * apart + s * kPanel + c * kLanes);
+            if (panels == 1 && c * kLanes % kLine == 0)
+              _mm_prefetch(reinterpret_cast<const char*>(b + (s + kAhead) * kPanel + c * kLanes), _MM_HINT_T0);
+          }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
           const I row = set(a[r * row_stride + s * step_stride]);
 #pragma GCC unroll 2
-          for (int c = 0; c < kColumns; ++c) sums[r][c] = Dot::dot(sums[r][c], row, column[c]);
+          for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 2
+            for (int c = 0; c < kColumns; ++c) sums[p][r][c] = Dot::dot(sums[p][r][c], row, column[p][c]);
         }
       }
       a += unroll * step_stride;
@@ -92,34 +100,48 @@ ALBERT_INLINE void multiply(const void* row_units, const void* panel, long steps
   }
 }
 
+template <class Dot, RowLayout layout, int rows, int panels>
+ALBERT_INLINE void multiply_tiles(const void* row_units, const void* panel, long apart, long steps, void* tiles,
+                                  bool accumulate, Soon soon) {
+  using Sum = typename Dot::Sum;
+  Sum sums[panels][rows][kColumns];
+  multiply<Dot, layout>(row_units, panel, apart, steps, soon, sums);
+  int* out = static_cast<int*>(tiles);
+#pragma GCC unroll 2
+  for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c, out += kLanes) {
+        const Sum sum = sums[p][r][c];
+        store_sum(out, accumulate ? add(load_sum(static_cast<const Sum*>(nullptr), out), sum) : sum);
+      }
+}
+
 template <class Dot, RowLayout layout, int rows>
 void tile_kernel(const void* row_units, const void* panel, long steps, void* tile, bool accumulate, Soon soon) {
-  using Sum = typename Dot::Sum;
-  Sum sums[rows][kColumns];
-  multiply<Dot, layout, rows>(row_units, panel, steps, soon, sums);
-  int* out = static_cast<int*>(tile);
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) {
-      int* p = out + r * kPanel + c * kLanes;
-      store_sum(p, accumulate ? add(load_sum(static_cast<const Sum*>(nullptr), p), sums[r][c]) : sums[r][c]);
-    }
+  multiply_tiles<Dot, layout, rows, 1>(row_units, panel, 0, steps, tile, accumulate, soon);
+}
+
+template <class Dot, int rows>
+void pair_of_tiles(const void* row_units, const void* panel, long apart, long steps, void* tiles, bool accumulate,
+                   Soon soon) {
+  multiply_tiles<Dot, RowLayout::lines, rows, 2>(row_units, panel, apart, steps, tiles, accumulate, soon);
 }
 
 #ifdef __AVX512VNNI__
 template <int rows>
 void scores(const void* row_units, const void* panel, long steps, const float* scales, const float* offsets,
             float* tile, float* largest) {
-  I sums[rows][kColumns];
-  multiply<DotU8S8, RowLayout::lines, rows>(row_units, panel, steps, {}, sums);
+  I sums[1][rows][kColumns];
+  multiply<DotU8S8, RowLayout::lines>(row_units, panel, 0, steps, {}, sums);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     F most = load(largest + r * kLanes);
 #pragma GCC unroll 2
     for (int c = 0; c < kColumns; ++c) {
-      asm volatile("" : "+v"(sums[r][c]));  // or GCC keeps all of them in memory
-      const F score = fma(to_float(sums[r][c]), load(scales + c * kLanes), load(offsets + c * kLanes));
+      asm volatile("" : "+v"(sums[0][r][c]));  // or GCC keeps all of them in memory
+      const F score = fma(to_float(sums[0][r][c]), load(scales + c * kLanes), load(offsets + c * kLanes));
       store(tile + r * kPanel + c * kLanes, score);
       most = max(most, score);
     }
@@ -144,6 +166,14 @@ MicroKernel pick(int wanted) {
     return wanted == rows ? tile_kernel<Dot, layout, rows> : pick<Dot, layout, rows - 1>(wanted);
 }
 
+template <class Dot, int rows>
+PairKernel pick_pair(int wanted) {
+  if constexpr (rows == 0)
+    return nullptr;
+  else
+    return wanted == rows ? pair_of_tiles<Dot, rows> : pick_pair<Dot, rows - 1>(wanted);
+}
+
 template <class Dot>
 MicroKernel pick_layout(RowLayout layout, int rows) {
   return layout == RowLayout::lines ? pick<Dot, RowLayout::lines, kMaxRows>(rows)
@@ -164,6 +194,10 @@ MicroKernel micro_kernel(Unit unit, RowLayout layout, int rows) {
 #endif
   return nullptr;
 }
+
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
+PairKernel pair_kernel(int rows) { return pick_pair<DotF32, kPairRows>(rows); }
+#endif
 
 #if defined(__AVX512VNNI__) && !defined(__AVX512BF16__)
 ScoreKernel score_kernel(int rows) { return pick_scores<kMaxRows>(rows); }

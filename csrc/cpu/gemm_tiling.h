@@ -1,4 +1,4 @@
-// How a product is cut up: among threads, into chunks of rows that stay in L2, into blocks of a tile's rows.
+// How a product is cut up: among threads, into chunks of rows that stay in cache, into blocks of a tile's rows.
 // Compiled once per instruction set.
 #pragma once
 #include <cstdint>
@@ -7,11 +7,11 @@
 
 namespace albert::ALBERT_ISA {
 
-// A group of panels stays in L2 while the blocks of a chunk pass by. A chunk of packed rows is read once for each group,
-// from L2 or L3; larger chunks read the weight less often. Cores with AVX-512 have 1 to 2 MB of L2, those without it
-// 256 to 512 KB. Cycles are what choose_grid counts with: of a step for a row that is quantized, and for a block at least.
+// Cores with AVX-512 have 1 to 2 MB of L2 and 32 or 48 KB of L1 (two panels' slices: 24), those without it 256 to 512 KB
+// of L2. Cycles are what choose_grid counts with: of a step for a row that is quantized, and for a block at least.
 #ifdef __AVX512F__
-constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10;
+constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10, kSlicedChunkBytes = 2048 << 10;
+constexpr int64_t kSliceSteps = 96;
 constexpr double kQuantizeCycles = 3.5;
 constexpr int64_t kLeastBlockCycles = 24;
 #else
@@ -31,6 +31,40 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Where part i of `parts` nearly equal ones begins.
 constexpr int64_t part_begin(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }
 
+// How the blocks of a chunk of packed rows pass by the panels: all blocks by a slice of a group, then by its next slice,
+// then by the next group.
+struct Tiling {
+  int rows;              // of a block, at most
+  int at_once;           // panels in a call of the micro-kernel
+  int64_t group;         // panels
+  int64_t slice;         // steps
+  int64_t chunk_bytes;   // larger chunks read the weight less often
+  int64_t block_cycles;  // at least
+
+  // The most rows of `steps` units in a chunk: two tall blocks at least, or a panel would be read for too little.
+  int64_t chunk_rows(int64_t steps) const {
+    const int64_t fit = chunk_bytes / (larger(steps, 1) * 4);
+    return smaller(larger(fit, 2 * kMaxRows), kMostChunkRows) / rows * rows;
+  }
+};
+
+// Tall blocks by whole panels: a group stays in L2, and the chunk is read once for each group, from L2 or L3.
+inline Tiling tall_tiling(int64_t steps) {
+  const int64_t panel_bytes = larger(steps, 1) * kPanel * 4;
+  return {kMaxRows, 1, larger(kGroupBytes / panel_bytes, 1), larger(steps, 1), kChunkBytes, kLeastBlockCycles};
+}
+
+// Low blocks by two panels, where there are kernels for them: a slice stays in L1. Fewer bytes are read from L2, and of
+// the chunk so few that it may lie in L3.
+inline Tiling tiling_of(Unit unit, int64_t steps) {
+#ifdef __AVX512F__
+  if (unit == Unit::f32) return {kPairRows, 2, 2, kSliceSteps, kSlicedChunkBytes, 0};
+#else
+  static_cast<void>(unit);
+#endif
+  return tall_tiling(steps);
+}
+
 struct Grid {
   int rows, panels;  // tasks along each
 };
@@ -39,15 +73,15 @@ struct Grid {
 // in the micro-kernel, 2 to bring a panel's line from L3 (more tasks along the rows read each panel more often),
 // pack_cycles to pack a row (more tasks along the panels pack each row more often). Measured to be right: streaming
 // panels is not hidden behind 16 to 64 rows.
-inline Grid choose_grid(int threads, int64_t rows, int64_t panels, double pack_cycles) {
+inline Grid choose_grid(const Tiling& tiling, int threads, int64_t rows, int64_t panels, double pack_cycles) {
   Grid best{1, 1};
   double best_cost = 0;
   for (int along_rows = 1; along_rows <= threads; ++along_rows) {
     const int64_t along_panels = smaller(threads / along_rows, panels);
     if (along_rows > rows || along_panels < 1) break;
-    const int64_t r = divide_up(rows, along_rows), blocks = divide_up(r, kMaxRows);
+    const int64_t r = divide_up(rows, along_rows), blocks = divide_up(r, tiling.rows);
     // Cores that read the same panels, each several times, get no further in small blocks.
-    const int64_t products = along_rows > 1 && blocks > 1 ? larger(2 * r, kLeastBlockCycles * blocks) : 2 * r;
+    const int64_t products = along_rows > 1 && blocks > 1 ? larger(2 * r, tiling.block_cycles * blocks) : 2 * r;
     const double cost = static_cast<double>(divide_up(panels, along_panels) * (products + 2)) +
                         pack_cycles * static_cast<double>(r);
     if (along_rows == 1 || cost < best_cost) {
@@ -58,28 +92,22 @@ inline Grid choose_grid(int threads, int64_t rows, int64_t panels, double pack_c
   return best;
 }
 
-// The most rows of `steps` units that a chunk may have: at least two blocks, or a panel would be read for too little.
-inline int64_t chunk_rows(int64_t steps) {
-  const int64_t fit = kChunkBytes / (larger(steps, 1) * 4) / kMaxRows * kMaxRows;
-  return smaller(larger(fit, 2 * kMaxRows), kMostChunkRows);
-}
-
-// Panels of `steps` units in a group.
-inline int64_t panel_group(int64_t steps) { return larger(kGroupBytes / (larger(steps, 1) * kPanel * 4), 1); }
-
 // The micro-kernels of these units by number of rows. vnni: the machine has it; u8s8x4 needs it.
 struct KernelTable {
   MicroKernel of[kMaxRows + 1];
+  PairKernel pairs[kMaxRows + 1];  // null where there is none
   KernelTable(Unit unit, RowLayout layout, bool vnni = false) {
-    of[0] = nullptr;
+    of[0] = nullptr, pairs[0] = nullptr;
     for (int rows = 1; rows <= kMaxRows; ++rows) {
 #ifdef __AVX512F__
       of[rows] = unit == Unit::bf16x2           ? avx512_bf16::micro_kernel(unit, layout, rows)
                  : unit == Unit::u8s8x4 || vnni ? avx512_vnni::micro_kernel(unit, layout, rows)
                                                 : avx512::micro_kernel(unit, layout, rows);
+      pairs[rows] = unit == Unit::f32 && layout == RowLayout::lines ? avx512::pair_kernel(rows) : nullptr;
 #else
       static_cast<void>(vnni);
       of[rows] = avx2::micro_kernel(unit, layout, rows);
+      pairs[rows] = nullptr;
 #endif
     }
   }

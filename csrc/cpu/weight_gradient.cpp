@@ -83,7 +83,7 @@ struct Run {
   void multiply(const KernelTable& kernels, int64_t block_from, int64_t block_to, int64_t panel_from,
                 int64_t panel_to) const {
     alignas(64) float tile[kMaxRows * kPanel];
-    const int64_t group = panel_group(steps);
+    const int64_t group = tall_tiling(steps).group;
     for (int64_t g = panel_from; g < panel_to; g += group)
       for (int64_t b = block_from; b < block_to; ++b)
         for (int64_t p = g; p < smaller(g + group, panel_to); ++p) {
@@ -100,7 +100,7 @@ template <class T>
 void run_all(const WeightGradient& a, char* workspace, const albert_parallel* parallel) {
   const Shape s = shape_of(a);
   const KernelTable kernels(s.unit, RowLayout::steps);
-  const Grid grid = choose_grid(thread_count(parallel), a.n, s.panels, 0.5);
+  const Grid grid = choose_grid(tall_tiling(s.steps), thread_count(parallel), a.n, s.panels, 0.5);
   const int tasks = grid.rows * grid.panels, per_step = elements_per_unit(s.unit);
   const auto part = [](int64_t size, int parts, int i) { return part_begin(size, parts, i); };
 
