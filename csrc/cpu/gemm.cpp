@@ -68,8 +68,7 @@ struct Scratch {
 // What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
 struct Chunk {
   int64_t m, all_blocks, first_block, blocks, panel_begin, panel_end;
-  const PackedWeight* then;  // what is read after the last panel: the next product's, from then_panel on; or null
-  int64_t then_panel;
+  Soon then;  // what is read after the last panel: the next product's first; its data may be null
   int64_t row(int64_t b) const { return part_begin(m, all_blocks, first_block + b); }
   int64_t first() const { return row(0); }
   int64_t end() const { return row(blocks); }
@@ -105,9 +104,10 @@ void pack(const albert_gemm_args& args, const PackedWeight& w, const Scratch& s,
   }
 }
 
-// Steps [step, end) of a block of packed rows times a panel or two, added to their tiles.
-void multiply(const PackedWeight& w, const KernelTable& kernels, int rows, const char* x, int64_t panel, int64_t panels,
-              int64_t step, int64_t end, float* tiles, Soon soon) {
+// Steps [step, end) of a block of packed rows times a panel or two, added to their tiles. (Inline: one row's int8 tile takes
+// 400 cycles.)
+ALBERT_INLINE void multiply(const PackedWeight& w, const KernelTable& kernels, int rows, const char* x, int64_t panel,
+                            int64_t panels, int64_t step, int64_t end, float* tiles, Soon soon) {
   const int64_t most = w.dtype == ALBERT_INT8 ? w.steps : steps_per_sum(w.steps);  // integers are exact
   do {  // once even if k == 0: the tiles must be zeroed
     const int64_t steps = smaller(most, end - step);
@@ -131,23 +131,32 @@ void ask_for(const T* y, int64_t stride, int rows) {
 }
 
 // A block's share of the next slice of this group, or of the first of the next group.
-Soon share_of(const PackedWeight& w, const Tiling& tiling, const Chunk& chunk, int64_t panel, int64_t step, int64_t b) {
-  constexpr int64_t per_line = kPanel * 4 / kCacheLine;
-  const int64_t lines = round_up(divide_up(kLine * per_line, chunk.blocks), 4);
-  const int64_t asked = b * ((smaller(step + tiling.slice, w.steps) - step) / kLine) * lines * kCacheLine;
-  const auto soon = [&](const PackedWeight& of, int64_t at, int64_t bytes) {
-    return Soon{of.panel_data(at) + bytes + asked, static_cast<int>(lines), static_cast<int64_t>(of.panel_bytes())};
-  };
-  if (step + tiling.slice < w.steps) return soon(w, panel, (step + tiling.slice) * kPanel * 4);
-  panel += tiling.group;
-  if (panel < chunk.panel_end) return soon(w, panel, 0);
-  return chunk.then == nullptr ? Soon{} : soon(*chunk.then, chunk.then_panel + panel - chunk.panel_end, 0);
+ALBERT_INLINE Soon share_of(const PackedWeight& w, const Tiling& tiling, const Chunk& chunk, int64_t panel, int64_t step,
+                            int64_t b) {
+  constexpr int64_t step_bytes = kPanel * 4;
+  const int64_t lines = round_up(divide_up(kLine * step_bytes / kCacheLine, chunk.blocks), 4);
+  const int64_t next_step = step + tiling.slice, steps = smaller(next_step, w.steps) - step;
+  const int64_t beyond = panel + tiling.group - chunk.panel_end;
+  const char* data = w.panel_data(panel);
+  int64_t apart = static_cast<int64_t>(w.panel_bytes());
+  if (next_step < w.steps) {
+    data += next_step * step_bytes;
+  } else if (beyond < 0) {
+    data += tiling.group * apart;
+  } else {
+    if (chunk.then.data == nullptr) return {};
+    data = chunk.then.data + beyond * steps * step_bytes;
+    apart = chunk.then.apart;
+  }
+  return {data + b * (steps / kLine) * lines * kCacheLine, static_cast<int>(lines), apart};
 }
 
-// Where a task along the panels begins to read a weight.
-int64_t first_panel(const PackedWeight& w, int threads, int64_t m, int index) {
+// What a task along the panels reads of a weight first.
+Soon first_panels(const void* weight, int threads, int64_t m, int index) {
+  if (weight == nullptr) return {};
+  const auto& w = *static_cast<const PackedWeight*>(weight);
   const Grid grid = choose_grid(tiling_of(w.unit, w.steps), threads, m, w.panels(), pack_cycles(w));
-  return part_begin(w.panels(), grid.panels, index % grid.panels);
+  return {w.panel_data(part_begin(w.panels(), grid.panels, index % grid.panels)), 0, static_cast<int64_t>(w.panel_bytes())};
 }
 
 // A tile from its sums to t. What becomes of an int8 tile happens in registers alone, mostly.
@@ -245,8 +254,8 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
   auto task = [&](int index) {
     const Scratch s = scratch_of(index);
     // After a chunk that is not a task's only one the same panels come again.
-    const auto* then = plan.chunks > grid.rows ? nullptr : static_cast<const PackedWeight*>(args.next_weight);
-    const int64_t then_panel = then == nullptr ? 0 : first_panel(*then, thread_count(parallel), args.m, index);
+    const bool only = plan.chunks <= grid.rows;
+    const Soon then = only ? first_panels(args.next_weight, thread_count(parallel), args.m, index) : Soon{};
     for (int turn = 0; turn < tasks;) {
       const int owner = (index + turn) % tasks, i = owner / grid.panels, j = owner % grid.panels;
       const int64_t c = __atomic_fetch_add(scratch_of(owner).drawn, 1, __ATOMIC_RELAXED);
@@ -256,8 +265,7 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
       }
       const int64_t block = part_begin(plan.blocks, plan.chunks, c);
       const Chunk chunk{args.m, plan.blocks, block, part_begin(plan.blocks, plan.chunks, c + 1) - block,
-                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1),
-                        then, then_panel};
+                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1), then};
       if (norm) {
         const Rows<float> t = before_norm(s.sums, chunk.first());
         run_chunk<Y>(args, plan, kernels, s, chunk, t);
