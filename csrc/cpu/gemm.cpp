@@ -67,13 +67,21 @@ struct Scratch {
 
 // What a task does at a time: a rectangle of y, its rows in blocks of nearly equal size.
 struct Chunk {
-  int64_t m, all_blocks, first_block, blocks, panel_begin, panel_end;
-  Soon then;  // what is read after the last panel: the next product's first; its data may be null
-  int64_t row(int64_t b) const { return part_begin(m, all_blocks, first_block + b); }
-  int64_t first() const { return row(0); }
-  int64_t end() const { return row(blocks); }
-  int64_t block_begin(int64_t b) const { return row(b) - first(); }
-  int block_rows(int64_t b) const { return static_cast<int>(row(b + 1) - row(b)); }
+  int64_t blocks, panel_begin, panel_end;
+  Soon then;      // what is read after the last panel: the next product's first; its data may be null
+  int64_t lines;  // that each block asks for in kLine steps of a panel
+  int64_t rows[kMostBlocks + 1];
+
+  Chunk(const Plan& plan, int64_t m, int64_t index, int64_t panels_from, int64_t panels_to, const Soon& next)
+      : panel_begin(panels_from), panel_end(panels_to), then(next) {
+    const int64_t block = part_begin(plan.blocks, plan.chunks, index);
+    blocks = part_begin(plan.blocks, plan.chunks, index + 1) - block;
+    for (int64_t b = 0; b <= blocks; ++b) rows[b] = part_begin(m, plan.blocks, block + b);
+    lines = round_up(divide_up(kLine * kPanel * 4 / kCacheLine, blocks), 4);
+  }
+  int64_t first() const { return rows[0]; }
+  int64_t end() const { return rows[blocks]; }
+  int block_rows(int64_t b) const { return static_cast<int>(rows[b + 1] - rows[b]); }
 };
 
 template <class T>
@@ -134,7 +142,6 @@ void ask_for(const T* y, int64_t stride, int rows) {
 ALBERT_INLINE Soon share_of(const PackedWeight& w, const Tiling& tiling, const Chunk& chunk, int64_t panel, int64_t step,
                             int64_t b) {
   constexpr int64_t step_bytes = kPanel * 4;
-  const int64_t lines = round_up(divide_up(kLine * step_bytes / kCacheLine, chunk.blocks), 4);
   const int64_t next_step = step + tiling.slice, steps = smaller(next_step, w.steps) - step;
   const int64_t beyond = panel + tiling.group - chunk.panel_end;
   const char* data = w.panel_data(panel);
@@ -148,7 +155,7 @@ ALBERT_INLINE Soon share_of(const PackedWeight& w, const Tiling& tiling, const C
     data = chunk.then.data + beyond * steps * step_bytes;
     apart = chunk.then.apart;
   }
-  return {data + b * (steps / kLine) * lines * kCacheLine, static_cast<int>(lines), apart};
+  return {data + b * (steps / kLine) * chunk.lines * kCacheLine, static_cast<int>(chunk.lines), apart};
 }
 
 // What a task along the panels reads of a weight first.
@@ -206,7 +213,7 @@ void run_chunk(const albert_gemm_args& args, const Plan& plan, const KernelTable
     const int64_t group_end = smaller(g + tiling.group, chunk.panel_end);
     for (int64_t step = 0; step == 0 || step < w.steps; step += tiling.slice)
       for (int64_t b = 0; b < chunk.blocks; ++b) {
-        const int64_t begin = chunk.block_begin(b), row = chunk.row(b), end = smaller(step + tiling.slice, w.steps);
+        const int64_t row = chunk.rows[b], begin = row - chunk.first(), end = smaller(step + tiling.slice, w.steps);
         const int rows = chunk.block_rows(b);
         float* tiles = s.tiles + (sliced ? begin * tiling.at_once * kPanel : 0);
         if (g == chunk.panel_begin && step == 0) pack(args, w, s, chunk.first(), begin, rows);
@@ -263,9 +270,8 @@ void run(const albert_gemm_args& args, const Plan& plan, char* workspace, const 
         ++turn;
         continue;
       }
-      const int64_t block = part_begin(plan.blocks, plan.chunks, c);
-      const Chunk chunk{args.m, plan.blocks, block, part_begin(plan.blocks, plan.chunks, c + 1) - block,
-                        part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1), then};
+      const Chunk chunk(plan, args.m, c, part_begin(w.panels(), grid.panels, j), part_begin(w.panels(), grid.panels, j + 1),
+                        then);
       if (norm) {
         const Rows<float> t = before_norm(s.sums, chunk.first());
         run_chunk<Y>(args, plan, kernels, s, chunk, t);

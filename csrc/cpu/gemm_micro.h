@@ -27,12 +27,12 @@ struct Soon {
 };
 
 // tile[row][kPanel] (float32, or int32 for integer units) = rows . columns, or += with accumulate.
-using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate, Soon soon);
+using MicroKernel = void (*)(const void* rows, const void* panel, long steps, void* tile, bool accumulate, const Soon& soon);
 
 // The tiles of two panels at once: the second panel lies `apart` units behind the first, its tile rows * kPanel numbers.
 // Low and wide, they take fewer instructions for the same sums. The panels have to be in L1.
 using PairKernel = void (*)(const void* rows, const void* panel, long apart, long steps, void* tiles, bool accumulate,
-                            Soon soon);
+                            const Soon& soon);
 
 // Of u8s8x4 in lines: tile[row][kPanel] = (rows . columns) scales + offsets, both of the columns, and the larger of that
 // and what was there to largest[row][lane]. A product of few steps would wait for its sums to be written and read again.

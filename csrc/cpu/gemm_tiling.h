@@ -19,7 +19,7 @@ constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
 constexpr double kQuantizeCycles = 2;
 constexpr int64_t kLeastBlockCycles = 0;
 #endif
-constexpr int64_t kMostChunkRows = 32 * kMaxRows;
+constexpr int64_t kMostChunkRows = 32 * kMaxRows, kMostBlocks = kMostChunkRows / 6;  // low blocks have 6 rows
 // Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
 // are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
 constexpr int64_t kStepsPerSum = 128, kStepsPerShortSum = 32;
