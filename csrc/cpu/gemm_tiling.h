@@ -15,10 +15,11 @@ constexpr int64_t kSliceSteps = 96;
 constexpr double kQuantizeCycles = 3.5;
 constexpr int64_t kLeastBlockCycles = 24;
 #else
-constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10;
+constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10, kSlicedChunkBytes = 512 << 10;
 constexpr double kQuantizeCycles = 2;
 constexpr int64_t kLeastBlockCycles = 0;
 #endif
+constexpr int64_t kMostPanelBytes = 256 << 10, kLongSlice = 256;
 constexpr int64_t kMostChunkRows = 32 * kMaxRows, kMostBlocks = kMostChunkRows / 6;  // low blocks have 6 rows
 // Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
 // are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
@@ -48,9 +49,11 @@ struct Tiling {
   }
 };
 
-// Tall blocks by whole panels: a group stays in L2, and the chunk is read once for each group, from L2 or L3.
+// Tall blocks by whole panels: a group stays in L2, and the chunk is read once for each group, from L2 or L3. By slices of
+// panels that would fill L2, those of xxlarge: each block would read them from L3.
 inline Tiling tall_tiling(int64_t steps) {
   const int64_t panel_bytes = larger(steps, 1) * kPanel * 4;
+  if (panel_bytes > kMostPanelBytes) return {kMaxRows, 1, 1, kLongSlice, kSlicedChunkBytes, kLeastBlockCycles};
   return {kMaxRows, 1, larger(kGroupBytes / panel_bytes, 1), larger(steps, 1), kChunkBytes, kLeastBlockCycles};
 }
 

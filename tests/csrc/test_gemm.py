@@ -170,12 +170,13 @@ def quantize_rows(lib, x, threads=1):
 RAGGED = [(1, 1, 1), (1, 70, 33), (2, 33, 129), (15, 31, 17), (17, 96, 64), (63, 65, 300), (127, 48, 65)]
 FEW_ROWS = [(2, 197, 73), (4, 143, 119), (5, 65, 130), (3, 87, 176), (5, 120, 300)]  # where MKL's sums are short
 ALBERT = [(1, 768, 768), (16, 2304, 768), (33, 768, 3072), (29, 257, 770), (130, 768, 128), (61, 128, 768)]
+LONG = [(31, 70, 10000), (5, 33, 8300)]  # panels that would fill L2: every kind of unit goes by slice by slice
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [g.F32, g.BF16])
 def test_product(lib, seed, dtype, x_dtype):
-    shapes = RAGGED + FEW_ROWS + ALBERT + [tuple(random.randint(1, 200) for _ in range(3)) for _ in range(3)]
+    shapes = RAGGED + FEW_ROWS + ALBERT + LONG + [tuple(random.randint(1, 200) for _ in range(3)) for _ in range(3)]
     for m, n, k in shapes:
         weight = (torch.randn(n, k) / k**0.5).to(DTYPES[dtype])
         x, bias = torch.randn(m, k).to(x_dtype), torch.randn(n)
@@ -193,7 +194,7 @@ def test_product(lib, seed, dtype, x_dtype):
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8(lib, seed, x_dtype):
-    for m, n, k in [*RAGGED, (16, 768, 768), (33, 128, 3072)]:
+    for m, n, k in [*RAGGED, *LONG, (16, 768, 768), (33, 128, 3072)]:
         weight, bias = torch.randn(n, k) / k**0.5, torch.randn(n)
         x = (torch.randn(m, k) + 0.3).to(x_dtype)
         packed = pack(lib, g.INT8, weight)
