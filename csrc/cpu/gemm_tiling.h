@@ -11,16 +11,17 @@ namespace albert::ALBERT_ISA {
 // of L2. Cycles are what choose_grid counts with: of a step for a row that is quantized, and for a block at least.
 #ifdef __AVX512F__
 constexpr int64_t kGroupBytes = 256 << 10, kChunkBytes = 1024 << 10, kSlicedChunkBytes = 2048 << 10;
-constexpr int64_t kSliceSteps = 96;
+constexpr int64_t kSliceSteps = 96, kLeastRows = kPairRows;
 constexpr double kQuantizeCycles = 3.5;
 constexpr int64_t kLeastBlockCycles = 24;
 #else
 constexpr int64_t kGroupBytes = 64 << 10, kChunkBytes = 128 << 10, kSlicedChunkBytes = 512 << 10;
+constexpr int64_t kLeastRows = kMaxRows;
 constexpr double kQuantizeCycles = 2;
 constexpr int64_t kLeastBlockCycles = 0;
 #endif
 constexpr int64_t kMostPanelBytes = 256 << 10, kLongSlice = 256;
-constexpr int64_t kMostChunkRows = 32 * kMaxRows, kMostBlocks = kMostChunkRows / 6;  // low blocks have 6 rows
+constexpr int64_t kMostChunkRows = 32 * kMaxRows, kMostBlocks = kMostChunkRows / kLeastRows;  // of any tiling
 // Float32 sums are closed after so many steps and added up: one sum over K = 3072 has five times the error. Where few
 // are added up each must be short: MKL's sums over K = 128 of a few rows have half the error of one sum.
 constexpr int64_t kStepsPerSum = 128, kStepsPerShortSum = 32;
