@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from albert_fast import backends, native
+from albert_fast import backends, devices, native
 from albert_fast.config import AlbertConfig
 from albert_fast.prepared import pack
 
@@ -104,7 +104,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, exceeded: float = 0.
     """Operations a second that matrix products can have at best: the denominator of MFU.
 
     A GPU's is that of the data sheet, by the device's name; float32 counts as TF32 where products may use it
-    (`torch.backends.cuda.matmul.allow_tf32`). A CPU's is measured, with the threads that are set: a second
+    (`torch.backends.cuda.matmul.fp32_precision`). A CPU's is measured, with the threads that are set: a second
     or two, once.
 
     Args:
@@ -117,7 +117,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, exceeded: float = 0.
         None where the device or the dtype is not known.
     """
     if device.type == "cuda":
-        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = dtype == torch.float32 and devices.allows_tf32()
         return data_sheet(torch.cuda.get_device_name(device), "tf32" if tf32 else dtype)
     if device.type == "cpu" and dtype in _FLOATS:
         kind = dtype, torch.get_num_threads()

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from albert_fast import backends
-from albert_fast.model import IGNORE_INDEX, AlbertPreTrainedModel
+from albert_fast.model import IGNORE_INDEX, AlbertForSequenceClassification, AlbertPreTrainedModel
 from albert_fast.ops.checks import check, check_tensor, describe
 
 DEFAULT_SHAPES = tuple((1, length) for length in (16, 32, 64, 128, 256, 512))
@@ -42,7 +42,8 @@ def graphed(model: AlbertPreTrainedModel, shapes: Sequence[tuple[int, int]] = DE
     Returns:
         a module that is called as `model` is, with padded batches on the GPU. In eval mode, or without a gradient, it
         returns new tensors as `model` does. In training mode it returns the loss alone, whose backward is a graph, too:
-        one backward for each forward. Dropout draws a new seed in each replay.
+        one backward for each forward, which adds to what the parameters' `grad` has. Dropout draws a new seed in each
+        replay.
 
     Raises:
         ValueError: the model is not on a GPU, or no shape is given.
@@ -93,7 +94,8 @@ class GraphedModel(nn.Module):
             self._places = _Places(model)
         check(input_ids.device == self._places.device, f"input_ids is on {input_ids.device}, the model elsewhere")
         batch, length = input_ids.shape
-        shape = self._shape_for(batch, length)
+        of_rows, every_row_counts = self._of_rows(labels)
+        shape = self._shape_for(batch, length, every_row_counts)
         if attention_mask is not None and attention_mask.dtype != input_ids.dtype:
             attention_mask = attention_mask != 0
         given = {
@@ -104,8 +106,8 @@ class GraphedModel(nn.Module):
         }
         tensors = {"input_ids": input_ids, **{name: t for name, t in given.items() if t is not None}}
         for name, tensor in tensors.items():
-            of_rows = name == "labels" and tensor.dim() == 1
-            check_tensor(name, tensor, (batch,) if of_rows else (batch, length), like=input_ids)
+            rest = (model.config.num_labels,)[: tensor.dim() - 1] if name == "labels" and of_rows else (length,)
+            check_tensor(name, tensor, (batch, *rest), like=input_ids)
         for name, value in options.items():
             check(
                 not isinstance(value, Tensor),
@@ -126,10 +128,27 @@ class GraphedModel(nn.Module):
         results = recorded(tensors, (batch, length))
         return results if training else _cut(results, batch, length, shape)
 
-    def _shape_for(self, batch: int, length: int) -> tuple[int, int]:
+    def _of_rows(self, labels: Tensor | None) -> tuple[bool, bool]:
+        """Whether the labels are rows' and not tokens', and whether none can be ignored: a class in a row beyond the
+        batch's can, a number to be met cannot."""
+        if labels is None:
+            return False, False
+        numbers = labels.is_floating_point()
+        if labels.dim() == 2 and isinstance(self.model, AlbertForSequenceClassification):
+            check(numbers, f"labels is {describe(labels)}; floating-point numbers were expected for several a row")
+        of_rows = numbers or labels.dim() == 1
+        return of_rows, of_rows and (numbers or self.model.config.num_labels == 1)
+
+    def _shape_for(self, batch: int, length: int, every_row_counts: bool) -> tuple[int, int]:
         for rows, columns in self.shapes:
-            if batch <= rows and length <= columns:
+            if (batch == rows if every_row_counts else batch <= rows) and length <= columns:
                 return rows, columns
+        check(
+            not every_row_counts,
+            f"labels holds numbers that {batch} rows of {length} tokens are to meet, and no shape of {self.shapes} has "
+            f"exactly {batch} rows for them: rows beyond the batch's would count in the loss, too. Give graphed() one "
+            "that does, or leave the last, smaller batch to the model itself",
+        )
         raise ValueError(
             f"input_ids has {batch} rows of {length} and no shape of {self.shapes} holds them: "
             "give graphed() a larger one, or split the batch"
@@ -143,21 +162,21 @@ class GraphedModel(nn.Module):
         # A mask that is not given is one of ones, or none.
         kinds = tuple((name, t.dtype, t.dim()) for name, t in tensors.items() if name != "attention_mask")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (shape, whole, kinds, tuple(sorted(options.items())), training, model.training, autocast)
+        key = (shape, whole, kinds, tuple(sorted(options.items())), self._places.modes(training), autocast)
         if key not in self._recorded:
             self._recorded[key] = _Recorded(model, shape, whole, tensors, options, training)
         return self._recorded[key]
 
 
 class _Places:
-    """Where all parameters and buffers of a model lie. Each call asks whether they still do: a walk through the modules
-    would take longer than the kernels of a short text."""
+    """Where all parameters and buffers of a model lie, and what they are used for. Each call asks whether they still
+    do: a walk through the modules would take longer than the kernels of a short text."""
 
     def __init__(self, model: AlbertPreTrainedModel) -> None:
         self.device = model.device
-        modules = [*model.modules()]
+        self._modules = [*model.modules()]
         self._holders: list[Mapping[str, Any]] = [
-            names for module in modules for names in (module._modules, module._parameters, module._buffers)
+            names for module in self._modules for names in (module._modules, module._parameters, module._buffers)
         ]
         found = [(names, name, value) for names in self._holders for name, value in names.items()]
         self._counts = [*map(len, self._holders)]
@@ -165,6 +184,11 @@ class _Places:
         self._values = [value for _, _, value in found if not isinstance(value, Tensor)]  # modules, and None
         self._tensors = [(names, name) for names, name, value in found if isinstance(value, Tensor)]
         self._addresses = [value.data_ptr() for _, _, value in found if isinstance(value, Tensor)]
+
+    def modes(self, training: bool) -> tuple[bool, ...]:
+        """Which modules are in training mode; where gradients are asked for, of which tensors."""
+        trained = [names[name].requires_grad for names, name in self._tensors] if training else []
+        return (training, *(module.training for module in self._modules), *trained)
 
     def changed(self) -> bool:
         """Whether a tensor lies elsewhere, or there are other tensors or modules."""
@@ -193,7 +217,10 @@ class _Recorded:
         self.fill = {name: _FILL[name] for name in ("attention_mask", *tensors)}
         self.fill["input_ids"] = model.config.pad_token_id or 0
         self.inputs = {
-            name: tensor.new_full(shape[: tensor.dim()], self.fill[name]) for name, tensor in tensors.items()
+            name: tensor.new_full(
+                (shape[0], *tensor.shape[1:]) if tensor.is_floating_point() else shape[: tensor.dim()], self.fill[name]
+            )
+            for name, tensor in tensors.items()
         }
         self.mask: Tensor | None = None
         if not whole:
@@ -266,8 +293,25 @@ def _training_step(
 
     arguments = tuple(inputs.values())
     with torch.cuda.device(model.device):
-        step = torch.cuda.make_graphed_callables(Loss().train(), arguments, num_warmup_iters=_WARM_UPS)
-    return lambda: step(*arguments)
+        step = torch.cuda.make_graphed_callables(Loss(), arguments, num_warmup_iters=_WARM_UPS, allow_unused_input=True)
+
+    def replay() -> Tensor:
+        loss = cast(Tensor, step(*arguments))
+        if loss.grad_fn is not None:
+            loss.grad_fn.register_hook(_in_own_memory)
+        return loss.clone()
+
+    return replay
+
+
+def _in_own_memory(gradients: Sequence[Tensor | None], _: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Autograd would make the graph's memory the parameters' `grad`, and the next replay writes into that: what was in
+    it would be lost."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    copies = [torch.empty_like(gradient) for gradient in found]
+    torch._foreach_copy_(copies, found)
+    left = iter(copies)
+    return tuple(gradient if gradient is None else next(left) for gradient in gradients)
 
 
 def _cut(outputs: Any, rows: int, columns: int, shape: tuple[int, int]) -> Any:

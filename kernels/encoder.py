@@ -54,9 +54,14 @@ _OF_PRODUCTS = ("qkv_weight", "qkv_bias", "dense_weight", "ffn_weight", "ffn_bia
 
 
 def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[Layer]:
-    """Cast once for all passes. Not cached: a captured graph has to follow the parameters."""
+    """Cast once for all passes, and contiguous. Not cached: a captured graph has to follow the parameters."""
     return [
-        layer._replace(**{name: getattr(layer, name).to(dtype) for name in _OF_PRODUCTS})
+        Layer(
+            *(
+                tensor.to(dtype if name in _OF_PRODUCTS else tensor.dtype).contiguous()
+                for name, tensor in layer._asdict().items()
+            )
+        )
         for layer in layers_of(parameters)
     ]
 
@@ -123,7 +128,7 @@ class _Loop:
         self.intermediate = parameters[10].shape[0]
         self.form = FUSED_ACTIVATIONS[options.activation]
         self.products = Products(hidden, self.form)
-        self.cu_seqlens = cu_seqlens
+        self.cu_seqlens = cu_seqlens.contiguous()
         self.like = hidden
         self.between: tuple[Tensor, Tensor] | tuple[None, None] = None, None  # of backward
         dropout_p, eps = options.hidden_dropout_p, options.eps

@@ -64,7 +64,8 @@ class Tiles:
     Attributes:
         interpreter: small tiles, so that short inputs have several.
         half, single: for elements of 2 bytes and of 4, by compute capability: 80, 90, 100. An architecture between
-            two uses the lower one's; those of 80 must fit into 99 KB of shared memory, which is what 8.6 and 8.9 have.
+            two uses the lower one's; those of 80 must fit into 99 KB of shared memory, which is what 8.6 and 8.9 have,
+            and 12.0, whose tensor cores are those of 8.9, too.
     """
 
     interpreter: Config
@@ -73,6 +74,8 @@ class Tiles:
 
     def of(self, architecture: int, dtype: torch.dtype) -> Sequence[Config]:
         table = self.half if dtype.itemsize == 2 else self.single
+        if architecture >= 120:
+            architecture = 89
         return table[max(known for known in table if known <= architecture)]
 
 
@@ -104,7 +107,7 @@ def recording() -> Iterator[list[Launch]]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """What `tl.dot` is to make of float32: full precision, or tf32 where PyTorch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and devices.allows_tf32() else "ieee"
 
 
 def next_power_of_2(n: int) -> int:

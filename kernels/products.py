@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from albert_fast import cublaslt
+from albert_fast import cublaslt, devices
 from albert_fast.kernels import tuning
 from albert_fast.kernels.bias_gelu import gelu, gelu_backward
 from albert_fast.kernels.column_sum import add_strip_sums
@@ -226,7 +226,8 @@ def _choose(
     if not x.is_cuda or not tuning.enabled():
         return ways[0]
     kind = (next_power_of_2(x.shape[0]), *widths, f"cuBLASLt {cublaslt.version(x.device)}")
-    return tuning.choices(x.device).best((what, x.dtype, kind, (), ()), ways, run, written)
+    with devices.current(x.device):
+        return tuning.choices(x.device).best((what, x.dtype, kind, (), ()), ways, run, written)
 
 
 def _by_rule(what: Callable[..., object], device: torch.device) -> bool:

@@ -134,13 +134,9 @@ def test_data_sheets(name, half, full):
 def test_the_peak_of_a_gpu_is_its_data_sheet(monkeypatch):
     cuda = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {cuda: "NVIDIA A100-SXM4-40GB"}[device])
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        assert flops.peak_flops(cuda, torch.float32) == 19.5e12
-        torch.backends.cuda.matmul.allow_tf32 = True
-        assert flops.peak_flops(cuda, torch.float32) == 156e12
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    monkeypatch.setattr(flops.devices, "allows_tf32", lambda: False)
+    assert flops.peak_flops(cuda, torch.float32) == 19.5e12
+    monkeypatch.setattr(flops.devices, "allows_tf32", lambda: True)
+    assert flops.peak_flops(cuda, torch.float32) == 156e12
     assert flops.peak_flops(cuda, torch.bfloat16) == flops.peak_flops(cuda, torch.float16) == 312e12
     assert flops.peak_flops(torch.device("meta"), torch.float32) is None

@@ -2,6 +2,7 @@
 the same static tensors; on a GPU with graphs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -57,9 +58,39 @@ def recorded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[dict
     else:
         monkeypatch.setattr(graphs, "check_on_gpu", lambda model: None)
         monkeypatch.setattr(graphs, "_inference", watched(stand_in))
-        step = lambda model, inputs, options: lambda: model(**inputs, **options, return_dict=True).loss  # noqa: E731
-        monkeypatch.setattr(graphs, "_training_step", watched(step))
+        monkeypatch.setattr(graphs, "_training_step", watched(graphs._training_step))
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", callable_in_memory)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return made
+
+
+def callable_in_memory(
+    module: torch.nn.Module, arguments: tuple[Tensor, ...], num_warmup_iters: int, allow_unused_input: bool
+) -> Callable[..., Tensor]:
+    """PyTorch's `make_graphed_callables` without a GPU: which parameters have gradients is known from the start; the
+    loss and the gradients always lie in the same memory, of which autograd gets views."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    static_loss, gradients = torch.zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
+    replayed: list[Tensor] = []
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *_: Tensor) -> Tensor:
+            with torch.enable_grad():
+                replayed[:] = [module(*arguments)]
+            return static_loss.copy_(replayed[0].detach()).detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            found = torch.autograd.grad(replayed, parameters, gradient, allow_unused=allow_unused_input)
+            pairs = zip(gradients, found, strict=True)
+            return tuple(new if new is None else static.copy_(new).detach() for static, new in pairs)
+
+    def replay(*given: Tensor) -> Tensor:
+        assert all(static is tensor for static, tensor in zip(arguments, given, strict=True))
+        return Replay.apply(*parameters)
+
+    return replay
 
 
 def batch(rows: int, columns: int, device: torch.device) -> dict[str, Tensor]:
@@ -217,6 +248,115 @@ def test_trains(autocast, recorded, device):
             bounds = {"rtol": 5e-2, "atol": 2e-3} if autocast else {"rtol": 1e-3, "atol": 1e-5}
             torch.testing.assert_close(actual[name], parameter.grad, **bounds)
     assert len(recorded) == 1
+
+
+def labelled(rows: int, columns: int, device: torch.device) -> dict[str, Tensor]:
+    inputs = batch(rows, columns, device)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return {**inputs, "labels": labels}
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5, msg=f"{name}: {{}}".format)
+
+
+def without_dropout(kind: str, device: torch.device, **changed: Any) -> Any:
+    sizes = config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0, **changed)
+    return getattr(albert_fast, kind)(sizes).to(device).train()
+
+
+def test_gradients_add_up(recorded, device):
+    """Over batches of one shape and of several, into what was set to zero, and the losses stay what they were."""
+    model = without_dropout("AlbertForMaskedLM", device)
+    graphed = albert_fast.graphed(model, SHAPES)
+    batches = [labelled(rows, columns, device) for rows, columns in ((2, 16), (4, 20), (2, 16), (1, 8))]
+
+    def train(call: Callable[..., Any]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        losses = []
+        for inputs in batches:
+            loss = call(inputs)
+            loss.backward()
+            losses.append(loss.detach())
+        return losses, gradients_of(model)
+
+    expected_losses, expected = train(lambda inputs: model(**inputs).loss)
+    for to_none in (True, False, False):
+        model.zero_grad(set_to_none=to_none)
+        losses, actual = train(lambda inputs: graphed(**inputs))
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-5)
+        assert_same_gradients(actual, expected)
+    assert len(recorded) == 3
+
+
+def test_what_is_frozen_and_thawed(recorded, device):
+    model = without_dropout("AlbertForMaskedLM", device)
+    graphed = albert_fast.graphed(model, SHAPES)
+    inputs = labelled(2, 16, device)
+    for frozen in (True, False, True):
+        model.albert.encoder.requires_grad_(not frozen)
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        expected = gradients_of(model)
+        model.zero_grad()
+        graphed(**inputs).backward()
+        assert any(gradient is None for gradient in expected.values()) == frozen
+        assert_same_gradients(gradients_of(model), expected)
+    assert len(recorded) == 2
+
+
+def test_modes_of_parts_are_the_callers(recorded, device):
+    """A part that is in eval mode, without its dropout, stays so; and has a graph of its own."""
+    model = albert_fast.AlbertForMaskedLM(config(hidden_dropout_prob=0.5)).to(device).train()
+    graphed = albert_fast.graphed(model, SHAPES)
+    inputs = labelled(2, 16, device)
+    with_dropout = graphed(**inputs)
+    model.albert.eval()
+    losses = [graphed(**inputs) for _ in range(2)]
+    assert not model.albert.training
+    assert not any(module.training for module in model.albert.modules())
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], model(**inputs).loss, rtol=1e-4, atol=1e-5)
+    assert abs(with_dropout - losses[0]) > 1e-4
+    assert len(recorded) == 2
+
+
+def test_a_parameter_that_the_loss_does_not_need(recorded, device):
+    model = without_dropout("AlbertForPreTraining", device)
+    inputs = labelled(2, 16, device)
+    albert_fast.graphed(model, SHAPES)(**inputs).backward()
+    actual = gradients_of(model)
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    assert_same_gradients(actual, gradients_of(model))
+    assert actual["albert.pooler.weight"] is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("labels", [1, 3, 16])
+def test_numbers_to_meet(labels, training, recorded, device):
+    """A row beyond the batch's would count: the shape has exactly the batch's rows."""
+    model = without_dropout("AlbertForSequenceClassification", device, num_labels=labels).train(training)
+    graphed = albert_fast.graphed(model, [(8, 16), (5, 16), (1, 8)])
+    inputs = batch(5, 16 if labels == 16 else 11, device)
+    given = torch.rand(5, device=device) if labels == 1 else torch.rand(5, labels, device=device)
+    loss = graphed(**inputs, labels=given) if training else graphed(**inputs, labels=given).loss
+    torch.testing.assert_close(loss, model(**inputs, labels=given).loss, rtol=1e-4, atol=1e-5)
+    assert recorded[0]["input_ids"].shape == (5, 16)
+    inputs = batch(3, 16, device)
+    with pytest.raises(ValueError, match=r"labels holds numbers that 3 rows .* no shape of .* has exactly 3 rows"):
+        graphed(**inputs, labels=given[:3])
+    if labels > 1:
+        with pytest.raises(ValueError, match=r"labels is .*; floating-point numbers were expected for several a row"):
+            graphed(**inputs, labels=given[:3].long())
+        classes = torch.randint(labels, (3,), device=device)  # which can be ignored
+        loss = graphed(**inputs, labels=classes) if training else graphed(**inputs, labels=classes).loss
+        torch.testing.assert_close(loss, model(**inputs, labels=classes).loss, rtol=1e-4, atol=1e-5)
 
 
 def test_refuses_what_it_cannot_do(recorded, device):

@@ -90,8 +90,11 @@ def start(kernel: StandIn, size: int = 100, dtype: torch.dtype = torch.float32, 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize(("architecture", "first"), [(80, WIDE), (86, WIDE), (89, WIDE), (90, FAST), (120, FAST)])
+@pytest.mark.parametrize(
+    ("architecture", "first"), [(80, WIDE), (86, WIDE), (89, WIDE), (90, FAST), (103, FAST), (120, WIDE)]
+)
 def test_an_architecture_between_two_uses_the_lower_ones_tiles(architecture, first):
+    """But 12.x, which has the shared memory and the tensor cores of 8.9."""
     assert TILES.of(architecture, torch.float16)[0] is first
     assert TILES.of(architecture, torch.float32)[0] is WIDE
 

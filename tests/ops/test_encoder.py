@@ -403,6 +403,7 @@ def test_strided_inputs(implementation, variant, device, monkeypatch):
     function = case.implementation(implementation, monkeypatch)
     expected = differentiate(function, case.tensors, case.upstream)
     doubled = {name: torch.stack([tensor] * 2, dim=-1) for name, tensor in case.tensors.items()}
+    case.cu_seqlens = torch.stack([case.cu_seqlens] * 2, dim=-1)[:, 0]
 
     def strided(**tensors: Tensor) -> Tensor:
         return function(**{name: tensor[..., 0] for name, tensor in tensors.items()})
