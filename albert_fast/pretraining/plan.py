@@ -14,6 +14,9 @@ Where this differs from the original, which `google_compat` brings back:
   paragraph). Here a chunk has at least two sentences, is truncated when they are too long, and leaves no lone sentence
   behind at the end of a document. Documents of one sentence are dropped.
 - The room is drawn for each chunk, not once for all chunks of a document.
+- For "sop" a document is cut in stretches, half of them, others in each epoch, from their end. A sentence that does not
+  fit is the next chunk's first, so that segments on that side are longer: with all text cut from its beginning, whoever
+  called the longer segment the first was right in 55.7 % of the pairs of 128 tokens of novels.
 
 A plan takes 12 bytes a chunk, about 65 while it is made, and 6 ns for each token of the corpus (measured); all else is
 looked up when a batch is made.
@@ -33,6 +36,7 @@ from albert_fast.training.randomness import Bits, Purpose, below, bits, example_
 
 SENTENCE_ORDERS = ("sop", "nsp", "none")
 BLOCK = 1 << 16  # sentences looked at together: what a core's cache holds
+STRETCH = 128  # sentences that are cut from the same side, at least, and fewer than twice as many
 
 Integers = NDArray[np.int64]
 
@@ -166,21 +170,20 @@ def make_plan(store: TokenStore, options: ExampleOptions, seed: int, epoch: int)
         first = np.asarray(store.document_offsets[:-1], dtype=np.int64)
         return shuffled(first, sizes.astype(np.int32), seed, epoch)
     found = [np.empty(0, dtype=np.int64)]
-    ends = [np.empty(0, dtype=np.int64)]
+    counts = [np.empty(0, dtype=np.int64)]
     sentence, total = 0, len(store.sentence_offsets) - 1
     for low in range(0, total, BLOCK):
         high = min(low + BLOCK, total)
         if sentence >= high:
             continue
-        end, following = _chunks(store, np.arange(low, high), options, seed, epoch)
+        start, count, following = _chunks(store, np.arange(low, high), options, seed, epoch)
         steps, here = following.tolist(), []
         while sentence < high:
-            here.append(sentence)
+            here.append(sentence - low)
             sentence = steps[sentence - low]
-        found.append(np.array(here, dtype=np.int64))
-        ends.append(end[found[-1] - low])
-    first = np.concatenate(found)
-    sentences = (np.concatenate(ends) - first).astype(np.int32)
+        found.append(start[here])
+        counts.append(count[here])
+    first, sentences = np.concatenate(found), np.concatenate(counts).astype(np.int32)
     if options.is_pair and not options.google_compat:
         pairs = sentences >= 2
         first, sentences = first[pairs], sentences[pairs]
@@ -211,27 +214,43 @@ def shuffled(first: Integers, sentences: NDArray[np.int32], seed: int, epoch: in
 
 
 def _chunks(
-    store: TokenStore, first: Integers, options: ExampleOptions, seed: int, epoch: int
-) -> tuple[Integers, Integers]:
-    """For chunks that would begin at these sentences: where they end, and where the next chunk begins."""
+    store: TokenStore, place: Integers, options: ExampleOptions, seed: int, epoch: int
+) -> tuple[Integers, Integers, Integers]:
+    """For chunks that would begin at these places: their first sentences, how many they have, and the places where the
+    next chunks begin. A place is a sentence; in a stretch that is cut from its end, as far from there."""
     offsets = store.sentence_offsets
-    document = np.searchsorted(store.document_offsets, first, side="right") - 1
-    document_end = store.document_offsets[document + 1]
-    keys = example_keys(seed, epoch, first)
-    room = targets(store, first, keys, options, seed, epoch)
+    document = np.searchsorted(store.document_offsets, place, side="right") - 1
+    begin, end = store.document_offsets[document], store.document_offsets[document + 1]
+    keys = example_keys(seed, epoch, place)
+    room = targets(store, place, keys, options, seed, epoch)
     if options.google_compat:
-        end = np.minimum(np.searchsorted(offsets, offsets[first] + room), document_end)
-    else:
-        end = np.searchsorted(offsets, offsets[first] + room, side="right") - 1
-        end = np.minimum(np.maximum(end, first + (2 if options.is_pair else 1)), document_end)
-        if options.is_pair:
-            lone = document_end - end == 1
-            end += np.where(lone, np.where(end - first > 2, -1, 1), 0)
+        count = np.searchsorted(offsets, offsets[place] + room) - place
+        return place, np.minimum(count, end - place), np.minimum(place + count, end)
+    count = np.searchsorted(offsets, offsets[place] + room, side="right") - 1 - place
+    backwards = np.zeros(len(place), dtype=bool)
+    if options.order == "sop":
+        begin, end = _stretches(place, begin, end, seed, epoch)
+        backwards = bits(stream(example_keys(seed, epoch, begin), Purpose.DIRECTION)) >> np.uint64(63) == 1
+        last = begin + end - place
+        count = np.where(backwards, last - np.searchsorted(offsets, offsets[last] - room), count)
+    count = np.minimum(np.maximum(count, 2 if options.is_pair else 1), end - place)
+    if options.is_pair:
+        lone = end - place - count == 1
+        count += np.where(lone, np.where(count > 2, -1, 1), 0)
+    start = np.where(backwards, begin + end - place - count, place)
     if options.order != "nsp":
-        return end, end
+        return start, count, place + count
     # What another document's text stands in for is not lost: the next chunk begins with it.
-    count = end - first
-    return end, np.where(coins(keys) & (count > 1), first + cuts(keys, count), end)
+    return start, count, place + np.where(coins(keys) & (count > 1), cuts(keys, count), count)
+
+
+def _stretches(place: Integers, begin: Integers, end: Integers, seed: int, epoch: int) -> tuple[Integers, Integers]:
+    """Where the stretches of these places begin and end, in documents that do so; the last takes what is left."""
+    size = STRETCH + below(bits(stream(example_keys(seed, epoch, np.zeros(1, np.int64)), Purpose.STRETCH)), STRETCH)
+    last = np.maximum((end - begin) // size, 1) - 1
+    number = np.minimum((place - begin) // size, last)
+    begin = begin + number * size
+    return begin, np.where(number == last, end, begin + size)
 
 
 def targets(store: TokenStore, first: Integers, keys: Bits, options: ExampleOptions, seed: int, epoch: int) -> Integers:

@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     SEGMENT = 13
     REPLACEMENT = 14
     RANDOM_ID = 15
+    STRETCH = 16
+    DIRECTION = 17
 
 
 def mix(x: Bits) -> Bits:

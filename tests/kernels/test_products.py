@@ -5,6 +5,7 @@ import ctypes
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from ops.parity import (
 from ops.test_encoder import Case
 from torch import Tensor
 
-from albert_fast import cublaslt, native
+from albert_fast import cublaslt, devices, native
 from albert_fast.kernels import encoder, products, tuning
 from albert_fast.kernels.tuning import Choices
 
@@ -277,6 +278,15 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
     for name in ("ALBERT_FAST_CUBLASLT", "ALBERT_FAST_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cublaslt, "version", lambda device: 130100)
+    current: list[torch.device] = []
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(devices, "current", made_current)
 
     def choose(
         capability: int,
@@ -286,7 +296,12 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         what: Callable[..., object] = products.Products.linear_activation,
     ) -> str:
         monkeypatch.setattr(products, "architecture", lambda device: capability)
-        chooser = Choices(tmp_path / "tuning.json", lambda run: times[run.args[0]], lambda: capturing)
+
+        def timed(run: Any) -> float:
+            assert current == [x.device]  # whose stream has the events
+            return times[run.args[0]]
+
+        chooser = Choices(tmp_path / "tuning.json", timed, lambda: capturing)
         monkeypatch.setattr(tuning, "choices", lambda device: chooser)
         x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(tokens, 768))
         return products._choose(what, x, (3072, 768), lambda way: None, ())

@@ -114,13 +114,44 @@ def test_chunks_are_new_in_each_epoch_and_some_are_short(rng: np.random.Generato
     store = random_store(rng, documents=300)
     shares = []
     for short_probability in (0.0, 0.1, 0.9):
-        options = ExampleOptions(length=128, masking=SEEN, short_probability=short_probability)
-        examples = Examples(store, VOCABULARY, options, seed=seed)
+        for order in ("sop", "none"):
+            options = ExampleOptions(
+                length=128, masking=SEEN, short_probability=short_probability, sentence_order=order
+            )
+            examples = Examples(store, VOCABULARY, options, seed=seed)
+            plans = [set(zip(p.first.tolist(), p.sentences.tolist(), strict=True)) for p in map(examples.plan, (0, 1))]
+            # Where the order is asked for, other documents are cut from their end.
+            assert (plans[0] == plans[1]) == (short_probability == 0 and order == "none")
         lengths = examples.batch(0, range(examples.size(0))).cu_seqlens.diff()
         shares.append((lengths < 64).float().mean().item())
-        plans = [set(zip(p.first.tolist(), p.sentences.tolist(), strict=True)) for p in map(examples.plan, (0, 1))]
-        assert (plans[0] == plans[1]) == (short_probability == 0)
     assert shares[0] < shares[1] < shares[2]
+
+
+@pytest.mark.parametrize(("documents", "sentences"), [(3000, 20), (2, 30_000)])
+def test_lengths_do_not_tell_the_order(documents: int, sentences: int, rng: np.random.Generator, seed: int) -> None:
+    """Were all documents cut from their beginning, the longer segment would be the text's first in 55 of 100 pairs."""
+    store = random_store(rng, documents, sentences, smallest=sentences)
+    examples = Examples(store, VOCABULARY, ExampleOptions(length=128), seed=seed)
+    batch = examples.batch(0, range(examples.size(0)))
+    assert batch.sentence_order_label is not None
+    offsets = batch.cu_seqlens.numpy()
+    second = np.add.reduceat(batch.token_type_ids.numpy(), offsets[:-1]) - 1
+    first = np.diff(offsets) - second - 3
+    swapped, differ = batch.sentence_order_label.numpy() == 1, first != second
+    right = ((first < second) == swapped)[differ]
+    assert len(right) > 5_000
+    assert abs(right.mean() - 0.5) < 6 * 0.5 / len(right) ** 0.5
+
+
+def test_a_documents_end_is_as_near_as_its_beginning(rng: np.random.Generator, seed: int) -> None:
+    """What does not fill a chunk lies at the beginning of about half of the documents, at the end of the others."""
+    sizes = [[10] * 11 for _ in range(400)]
+    store = TokenStore.from_documents([[[5] * n for n in document] for document in sizes], SIZE)
+    plan = Examples(store, VOCABULARY, ExampleOptions(length=43, short_probability=0.0), seed=seed).plan(0)
+    assert set(plan.sentences.tolist()) == {4, 3}
+    odd = plan.first[plan.sentences == 3] % 11
+    assert set(odd.tolist()) == {0, 8}
+    assert abs((odd == 0).mean() - 0.5) < 0.15
 
 
 def test_a_plan_visits_each_sentence_once_in_random_order(rng: np.random.Generator, seed: int) -> None:
