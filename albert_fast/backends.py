@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 # The operations of the package: the names under which a backend's implementations are looked up. A backend serves
 # `<name>` (forward) and, unless its forward says otherwise, `<name>_backward`.
@@ -192,6 +193,9 @@ def choose(call: Call) -> Backend:
 
 def refusal(backend: Backend, call: Call) -> str | None:
     """Why `backend` does not serve `call`; None where it does."""
+    if backend is not REFERENCE and forward_ad._current_level >= 0:
+        # Its kernels would give no tangent, which looks as if nothing depended on anything.
+        return "forward-mode derivatives are asked for (torch.func.jvp, torch.autograd.forward_ad)"
     return backend.unavailable() or backend.declines(call)
 
 

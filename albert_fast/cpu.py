@@ -75,8 +75,9 @@ def _serves(*tensors: Tensor | None) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Columns contiguous, any row stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    """Columns contiguous, any row stride but those of rows that overlap."""
+    apart = x.dim() != 2 or x.shape[0] <= 1 or x.stride(0) >= x.shape[1]
+    return x if apart and (x.stride(-1) == 1 or x.shape[-1] <= 1) else x.contiguous()
 
 
 def _dropout_rows(dropout_p: float, cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:

@@ -8,6 +8,7 @@ to any more, backward having released it, is given out again. Inference gives al
 from __future__ import annotations
 
 import math
+import os
 import threading
 
 import torch
@@ -15,6 +16,17 @@ from torch import Tensor, UntypedStorage
 
 _pool: list[UntypedStorage] = []
 _lock = threading.Lock()
+
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 # Less is not worth a look.
 _LEAST_BYTES = 1 << 20

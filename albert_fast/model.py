@@ -104,7 +104,7 @@ class AlbertAttention(nn.Module):
 
 
 class AlbertLayer(nn.Module):
-    """The shared layer: it holds the 16 tensors, `ops.encoder` runs them."""
+    """The shared layer holds the 16 tensors, `ops.encoder` runs them. Its modules and their hooks are not called."""
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__()
@@ -114,15 +114,42 @@ class AlbertLayer(nn.Module):
         self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def tensors(self) -> Iterator[Tensor]:
-        """In the order that `ops.encoder` takes them."""
+        """In the order that `ops.encoder` takes them.
+
+        Raises:
+            TypeError: a module computes something else than its tensors say: an adapter, pruning by a hook.
+        """
         attention = self.attention
         projections = (attention.query, attention.key, attention.value, attention.dense)
         rest = (attention.LayerNorm, self.ffn, self.ffn_output, self.full_layer_layer_norm)
         for module in (*projections, *rest):
+            if type(module) not in (nn.Linear, nn.LayerNorm) or module._forward_pre_hooks:
+                self._check_is_plain(module)
             for name in ("weight", "bias"):
                 # Every call comes here: a module's attribute takes four times as long.
                 own = module._parameters.get(name)
                 yield getattr(module, name) if own is None else own
+
+    def _check_is_plain(self, module: nn.Module) -> None:
+        """That its tensors are all that there is to it; parametrized ones are those that its attributes give."""
+        name = next(name for name, other in self.named_modules() if other is module)
+        stands = f"{name} of the shared layer is a {type(module).__module__}.{type(module).__qualname__}"
+        inside = (
+            "; albert_fast.hf.accelerate serves a model of transformers with such modules in its layer, more slowly"
+        )
+        check(
+            type(module).forward in (nn.Linear.forward, nn.LayerNorm.forward),
+            f"{stands}, whose forward would not be called: merge it into the layer's own weights, or train without it"
+            + inside,
+            TypeError,
+        )
+        computed = [key for key in ("weight", "bias") if key not in module._parameters and key in module.__dict__]
+        check(
+            not (computed and module._forward_pre_hooks),
+            f"{stands}, whose {' and '.join(computed)} a hook computes that would not be called: make it permanent "
+            f"(torch.nn.utils.prune.remove, remove_weight_norm), or use torch.nn.utils.parametrizations{inside}",
+            TypeError,
+        )
 
 
 class AlbertLayerGroup(nn.Module):
@@ -500,7 +527,9 @@ class AlbertPreTrainedModel(nn.Module):
         capacity = None
         if mask is not None and tokens is not None and (torch.compiler.is_compiling() or is_being_recorded(tokens)):
             capacity = tokens.shape[0] * tokens.shape[1]
-        batch = PackedBatch.from_padded(input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity)
+        batch = PackedBatch.from_padded(
+            input_ids, mask, token_type_ids, position_ids, inputs_embeds, capacity=capacity, shared=True
+        )
         return batch, bias
 
     def _additive(self, mask: Tensor) -> Tensor:

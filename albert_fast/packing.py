@@ -65,6 +65,7 @@ class PackedBatch:
         *,
         lengths: Sequence[int] | None = None,
         capacity: int | None = None,
+        shared: bool = False,
     ) -> PackedBatch:
         """Packs a padded batch.
 
@@ -76,6 +77,7 @@ class PackedBatch:
             position_ids: int64 [batch or 1, seq]; the column in the padded row when None.
             lengths: the rows' lengths on the host, in place of `attention_mask`, when the padding is at the end.
             capacity: number of tokens to allot (fixed capacity); at least the number of real ones.
+            shared: what depends on sizes alone may be other batches' tensors, too, and is not to be written to.
 
         Raises:
             ValueError, TypeError: a shape does not fit; the message names the argument.
@@ -92,19 +94,21 @@ class PackedBatch:
             check_tensor("inputs_embeds", tokens, (None, None, None))
         shape = (tokens.shape[0], tokens.shape[1])
         batch = cls.layout(shape, tokens.device, attention_mask, lengths=lengths, capacity=capacity)
+        own: Callable[[Tensor], Tensor] = (lambda tensor: tensor) if shared else Tensor.clone
         if token_type_ids is None:
-            token_type_ids = zeros(batch.tokens, tokens.device)
+            token_type_ids = own(zeros(batch.tokens, tokens.device))
         else:
             check_tensor("token_type_ids", token_type_ids, shape, like=tokens)
             token_type_ids = batch.pack(token_type_ids)
         if position_ids is None:
-            position_ids = batch._columns()
+            position_ids = own(batch._columns())
         else:
             rows = shape[0] if position_ids.dim() == 2 and position_ids.shape[0] == shape[0] else 1
             check_tensor("position_ids", position_ids, (rows, shape[1]), like=tokens)
             position_ids = batch.pack(position_ids.expand(shape))
         return replace(
             batch,
+            cu_seqlens=own(batch.cu_seqlens),
             input_ids=None if input_ids is None else batch.pack(input_ids),
             inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
             token_type_ids=token_type_ids,
@@ -141,9 +145,10 @@ class PackedBatch:
         layout = cls.layout(shape, torch.device(device or "cpu"), None, lengths=lengths)
         return replace(
             layout,
+            cu_seqlens=layout.cu_seqlens.clone(),
             input_ids=torch.cat(rows).to(device),
             token_type_ids=torch.cat(types).to(device),
-            position_ids=layout._columns(),
+            position_ids=layout._columns().clone(),
         )
 
     @classmethod
@@ -157,7 +162,7 @@ class PackedBatch:
         capacity: int | None = None,
     ) -> PackedBatch:
         """Where the tokens of a padded batch of `shape` [batch, seq] go, without any inputs. Arguments as
-        `from_padded`."""
+        `from_padded`; its tensors may be shared."""
         batch_size, seq_length = shape
         places = batch_size * seq_length
         if lengths is not None:

@@ -301,7 +301,7 @@ class AlbertForSeq2SeqLM(AlbertPreTrainedModel):
             decoder_input_ids = torch.cat([begin, labels[:, :-1]], 1).clamp(min=0)
         if labels is not None:
             mask = (labels != IGNORE_INDEX).long()
-        return PackedBatch.from_padded(decoder_input_ids, mask), False
+        return PackedBatch.from_padded(decoder_input_ids, mask, shared=True), False
 
     @torch.no_grad()
     def generate(
@@ -367,5 +367,5 @@ class AlbertForSeq2SeqLM(AlbertPreTrainedModel):
 
     def _row(self, ids: Tensor, place: int) -> PackedBatch:
         """One token of each row, at a place of its target."""
-        batch = PackedBatch.from_padded(ids[:, None])
+        batch = PackedBatch.from_padded(ids[:, None], shared=True)
         return replace(batch, position_ids=torch.full_like(ids, place))

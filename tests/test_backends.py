@@ -52,6 +52,23 @@ def test_the_best_that_serves_is_chosen(offered):
     assert backends.choose(CALL) is second
 
 
+def test_forward_mode_derivatives_are_the_references(offered, monkeypatch):
+    """Others' kernels would give none, as if nothing depended on anything."""
+    offered(fake("best"))
+    with torch.autograd.forward_ad.dual_level():
+        assert backends.uses_reference(CALL)
+        monkeypatch.setenv("ALBERT_FAST_BACKEND", "best")
+        with pytest.raises(BackendError, match=r"cannot serve attention .*forward-mode derivatives"):
+            backends.choose(CALL)
+    assert backends.choose(CALL).name == "best"
+    monkeypatch.delenv("ALBERT_FAST_BACKEND")
+    x, bias, tangent = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)
+    monkeypatch.undo()
+    _, actual = torch.func.jvp(lambda x: operations.bias_gelu(x, bias, approximate="tanh"), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: torch.nn.functional.gelu(x + bias, approximate="tanh"), (x,), (tangent,))
+    torch.testing.assert_close(actual, expected)
+
+
 def test_the_reference_is_the_last_resort(offered):
     offered(fake(unavailable="no driver"), fake(declines=lambda call: "never"))
     assert backends.choose(CALL) is REFERENCE

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,3 +100,14 @@ def test_without_pytorchs_count_nothing_is_used_again(parameters, monkeypatch):
     for _ in range(2):
         encode(x, parameters, recompute="layer").sum().backward()
     assert not kept_memory._pool
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_lacks():
+    with kept_memory._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends it
+            kept_memory.empty([((4,), torch.float32)])
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import albert_fast
@@ -597,3 +598,56 @@ def test_config_of_transformers_is_refused_with_the_way_out():
     transformers = pytest.importorskip("transformers")
     with pytest.raises(TypeError, match="from_dict"):
         AlbertModel(transformers.AlbertConfig(**random_shape()))
+
+
+# ------------------------------------------------------------------------------------------- modules inside the layer
+
+
+class Adapted(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_module_that_would_not_be_called_is_refused():
+    model = AlbertModel(AlbertConfig(**random_shape())).eval()
+    ids = torch.randint(1, 50, (2, 5))
+    layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+    query = layer.attention.query
+    layer.attention.query = Adapted(query.in_features, query.out_features)
+    with pytest.raises(
+        TypeError, match=r"attention\.query of the shared layer is a .*Adapted, whose forward would not"
+    ):
+        model(ids)
+    layer.attention.query = query
+    before = model(ids)[0]
+    prune.l1_unstructured(layer.ffn, "weight", 0.5)
+    with pytest.raises(TypeError, match=r"ffn of the shared layer is a .*Linear, whose weight a hook computes"):
+        model(ids)
+    prune.remove(layer.ffn, "weight")
+    assert not torch.equal(model(ids)[0], before)
+
+
+def test_parametrized_tensors_are_what_their_attributes_give():
+    class Half(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    model = AlbertModel(AlbertConfig(**random_shape())).eval()
+    ids = torch.randint(1, 50, (2, 5))
+    halved = copy.deepcopy(model)
+    for group in halved.encoder.albert_layer_groups:
+        for layer in group.albert_layers:
+            parametrize.register_parametrization(layer.ffn, "weight", Half())
+    for group in model.encoder.albert_layer_groups:
+        for layer in group.albert_layers:
+            layer.ffn.weight.data /= 2
+    torch.testing.assert_close(halved(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_expanded_baseline():
+    """One vector for all positions, as integrated gradients begin with."""
+    config = AlbertConfig(**random_shape())
+    model = AlbertModel(config).eval()
+    baseline = torch.randn(1, 1, config.embedding_size)
+    expected = model(inputs_embeds=baseline.expand(2, 5, -1).contiguous())[0]
+    torch.testing.assert_close(model(inputs_embeds=baseline.expand(2, 5, -1))[0], expected, rtol=1e-4, atol=1e-5)

@@ -324,6 +324,21 @@ def test_a_full_batch_compiles(device):
         assert torch.equal(compiled(ids), there_and_back(ids))
 
 
+def test_a_batch_is_its_owners(device):
+    """What is written to one that was packed is seen by no other, and by no model that packs for itself."""
+    ids = torch.randint(1, 50, (2, 9), device=device)
+    makers = (lambda: PackedBatch.from_padded(ids), lambda: PackedBatch.from_sequences(list(ids), device=device))
+    shared = PackedBatch.from_padded(ids, shared=True)
+    expected = [getattr(shared, name).clone() for name in ("cu_seqlens", "token_type_ids", "position_ids")]
+    for make in makers:
+        batch = make()
+        for tensor in (batch.cu_seqlens, batch.token_type_ids, batch.position_ids):
+            tensor.add_(1)
+        for other in (shared, make(), PackedBatch.from_padded(ids, shared=True)):
+            found = [other.cu_seqlens, other.token_type_ids, other.position_ids]
+            assert all(map(torch.equal, found, expected))
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 IDS = torch.zeros(2, 4, dtype=torch.int64)
