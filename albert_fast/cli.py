@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -351,12 +352,31 @@ def _with_pipeline(args: argparse.Namespace, text: Callable[[Any], str]) -> int:
 
     from albert_fast.finetuning.run import Pipeline
 
+    if args.output is not None:
+        _check_writable(args.output)
     written = text(Pipeline(args.model, args.set, device=args.device))
     if args.output is None:
         sys.stdout.write(written)
     else:
         Path(args.output).write_text(written, encoding="utf-8")
     return 0
+
+
+def _check_writable(output: str) -> None:
+    """Before work that would be lost. What is there stays as it is; a pipe is not opened twice."""
+    is_there = os.path.lexists(output)
+    if is_there and not os.path.isfile(output) and not os.path.isdir(output):
+        return
+    try:
+        with open(output, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output is {output!r}, which cannot be written ({error.strerror}): a file in a directory that is there "
+            "was expected"
+        ) from None
+    if not is_there:
+        os.remove(output)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -414,9 +434,23 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit status. Errors of the user's input are one line on stderr, status 2."""
+    """Runs one command; its exit status. Errors of the user's input are one line on stderr, status 2; Ctrl-C: 130."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("albert-fast: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "pretrain":
+        # argparse takes no positional ones after an option.
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in args.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.version:
         import albert_fast
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
-from albert_fast.finetuning.reading import DataError, Place
+from albert_fast.finetuning.reading import DataError, Place, read_lines
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
 from albert_fast.model import AlbertForQuestionAnswering
@@ -87,10 +87,9 @@ class Answering(Task):
 
     def read(self, path: Path, *, labelled: bool) -> Iterator[Question]:
         """SQuAD's JSON. An answer that does not stand where it says is an error."""
+        text = "\n".join(line for _, line in read_lines(path))
         try:
-            articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            articles = json.loads(text)["data"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not SQuAD's JSON, an object with 'data': {error!r}") from None
         place = Place(path, "the first article")
@@ -227,6 +226,9 @@ class Answering(Task):
 def _question(place: Place, context: str, entry: dict[str, Any], labelled: bool) -> Question:
     """An entry of SQuAD's `qas`."""
     found = []
+    for name, text in (("context", context), ("question", entry["question"])):
+        if not isinstance(text, str):
+            place.refuse(f"its {name} is {text!r}; a text was expected")
     if labelled and not entry.get("is_impossible"):
         if "answers" not in entry:
             place.refuse("it has neither 'answers' nor 'is_impossible'")

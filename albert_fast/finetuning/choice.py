@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
+from albert_fast.finetuning.config import DataOptions
 from albert_fast.finetuning.reading import Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
@@ -26,6 +27,7 @@ from albert_fast.model import AlbertForMultipleChoice
 from albert_fast.pretraining.sentences import split
 
 MOST_CHOICE = 128
+_DEFAULT = DataOptions()
 _WORD = re.compile(r"\w+")
 
 
@@ -50,22 +52,43 @@ class Choice(Task):
     # ------------------------------------------------------------------------------------------------------- the data
 
     def read(self, path: Path, *, labelled: bool) -> Iterator[Question]:
-        """A table of questions: context, question (both may be missing), choices (a list, or columns) and label."""
+        """A table of questions: context, question (one of them may be missing), choices (a list, or columns), label."""
         data = self.data
         columns = data.choices.split(",")
         for record in read_table(path, columns):
             choices = record.get(columns[0]) if len(columns) == 1 else [record.text(column) for column in columns]
             if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
                 record.place.refuse(f"{data.choices!r} is {choices!r}; a list of at least two texts was expected")
-            texts = [
-                record.text(column) if record.fields.get(column) is not None else ""
-                for column in (data.context, data.question)
-            ]
             label = self._label(record, len(choices)) if labelled else None
-            yield Question(record.place, texts[0], texts[1], tuple(choices), label)
+            context, question = self._texts(record, columns)
+            yield Question(record.place, context, question, tuple(choices), label)
+
+    def _texts(self, record: Record, choices: Sequence[str]) -> tuple[str, str]:
+        """Context and question, empty where there is none: never because a column has another name."""
+        data, has = self.data, record.fields
+        given = {"data.context": data.context, "data.question": data.question}
+        given = {option: column for option, column in given.items() if column is not None}
+        missing = {option: column for option, column in given.items() if column not in has}
+        unread = [name for name, value in has.items() if isinstance(value, str)]
+        unread = [name for name in unread if name not in (*given.values(), *choices, data.label)]
+        for option, column in missing.items():
+            named = column != getattr(_DEFAULT, option.removeprefix("data."))
+            # An unread text is likely the passage: RACE has it as 'article'.
+            if named or len(missing) == len(given) or (option == "data.context" and unread):
+                record.place.refuse(
+                    f"there is no {column!r}; it has {', '.join(map(repr, has))}: name the column, or say by "
+                    f"{option}=null that there is none"
+                )
+        texts = [
+            "" if column is None or has.get(column) is None else record.text(column)
+            for column in (data.context, data.question)
+        ]
+        return texts[0], texts[1]
 
     def _label(self, record: Record, choices: int) -> int:
         value = record.get(self.data.label)
+        if isinstance(value, float) and not value.is_integer():
+            record.place.refuse(f"the label is {value!r}; a whole number, or a letter from A, was expected")
         if isinstance(value, str) and len(value) == 1 and value in string.ascii_uppercase:
             value = string.ascii_uppercase.index(value)
         try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from albert_fast.config import AlbertConfig
 from albert_fast.early_exit import AlbertForEarlyExit
 from albert_fast.finetuning.config import ExitOptions
-from albert_fast.finetuning.reading import Place, Record, read_table
+from albert_fast.finetuning.reading import DataError, Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task, number_of, softmax_rows
 from albert_fast.model import AlbertForSequenceClassification
@@ -88,8 +88,13 @@ class Classification(Task):
         return str(value).strip()
 
     def from_line(self, place: Place, line: str) -> Example:
-        """A text, or a pair apart by a tab."""
+        """A text, or a pair apart by a tab, as in the files of the model."""
         text, tab, pair = line.partition("\t")
+        if self.data.pair is None and tab:
+            place.refuse("it has a tab, and the model takes single texts: a text alone was expected")
+        if self.data.pair is not None and line.count("\t") != 1:
+            count = line.count("\t")
+            place.refuse(f"it has {count} tabs, and the model takes pairs: two texts with one between were expected")
         return Example(place, text, pair if tab else None, None)
 
     def learn(self, examples: Sequence[Example]) -> None:
@@ -99,6 +104,11 @@ class Classification(Task):
         found = {label for e in examples for label in (e.label if isinstance(e.label, list) else [e.label])}
         if len(found) < 2 and self.data.kind == "single":
             examples[0].place.refuse(f"all labels are {', '.join(found)!r}; at least two were expected")
+        if not found:
+            raise DataError(
+                f"{examples[0].place.path}: no line has a label; one at least was expected in {self.data.label!r} "
+                "(data.label names the column)"
+            )
         self.restore({"kind": self.data.kind, "labels": sorted(found), "early_exit": self.config.early_exit})
 
     def state(self) -> dict[str, Any]:
@@ -238,9 +248,14 @@ class Classification(Task):
         of = lambda chosen: [float(label in chosen) for label in self.labels]  # noqa: E731
         truth = np.array([of(example.label) for example in examples])
         chosen = np.array([of(prediction["labels"]) for prediction in predictions])
+        averages = {"f1": "micro", "f1_macro": "macro"}
+        if len(self.labels) == 1:  # which sklearn takes for two classes, with and without it
+            averages = dict.fromkeys(averages, "binary")
         return {
-            "f1": float(metrics.f1_score(truth, chosen, average="micro", zero_division=0.0)),
-            "f1_macro": float(metrics.f1_score(truth, chosen, average="macro", zero_division=0.0)),
+            **{
+                name: float(metrics.f1_score(truth, chosen, average=average, zero_division=0.0))
+                for name, average in averages.items()
+            },
             "accuracy": float(metrics.accuracy_score(truth, chosen)),
         }
 

@@ -34,6 +34,7 @@ TASKS = {
 }
 EPOCHS = 3.0
 PAIRS = ("classification", "answering", "choice")
+LEAST_RATE = 2400  # of sound: below, mel bands have no frequency of the FFT
 SHAPES = ("base", "large", "xlarge", "xxlarge")
 
 
@@ -56,8 +57,8 @@ class DataOptions:
         null_threshold: how much higher "no answer" must score than the best answer to be said.
         audio: of speech, a file's path, from the table's folder on; `label` is what is said.
         rate: samples a second that all sound is brought to.
-        context, question, choices: of multiple choice; choices is a list, or columns (ending0,ending1); `label` is the
-            number of the right one, from 0, or its letter.
+        context, question, choices: of multiple choice; null says that there is no context, or no question. choices is a
+            list, or columns (ending0,ending1); `label` is the number of the right one, from 0, or its letter.
         passage: what is read of a context: the beginning, as much as there is room for; or the sentence in which the
             choice stands (of several the one with most words of the question).
     """
@@ -75,8 +76,8 @@ class DataOptions:
     normalize: str = "window"
     null_threshold: float = 0.0
     head: str = "plain"
-    context: str = "context"
-    question: str = "question"
+    context: str | None = "context"
+    question: str | None = "question"
     choices: str = "choices"
     passage: str = "beginning"
     audio: str = "audio"
@@ -92,6 +93,7 @@ class DataOptions:
             "data.normalize=question is for data.head=plain: the v2 head says by itself whether there is an answer",
         )
         options.one_of("data.passage", self.passage, ("beginning", "sentence"))
+        at_least("data.rate", self.rate, LEAST_RATE)
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ class FinetuneConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(0 <= self.seed < 2**63, f"seed is {self.seed}; a number from 0 was expected, below 2 to the power of 63")
         at_least("length", self.length, 8)
         at_least("r_drop", self.r_drop, 0)
         check(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; a number above 0 was expected")

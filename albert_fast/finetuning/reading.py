@@ -10,7 +10,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,13 +55,13 @@ class Record:
 
 
 def read_lines(path: Path) -> Iterator[tuple[Place, str]]:
-    """The lines of a text file, without their ends."""
+    """The lines of a text file, without their ends: \\n or \\r\\n. A \\r elsewhere is a character like others."""
     opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                yield Place(path, number), line.rstrip("\r\n")
+                yield Place(path, number), line.removesuffix("\n").removesuffix("\r")
     except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except UnicodeDecodeError as error:
@@ -84,6 +84,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         return
     if kind not in (".tsv", ".csv", ".txt"):
         raise DataError(f"{path} is {kind or 'without a suffix'}; .tsv, .csv or .jsonl was expected, or one with .gz")
+    rows: Iterable[tuple[Place, list[str]]]
     rows = _quoted(path) if kind == ".csv" else ((place, line.split("\t")) for place, line in read_lines(path) if line)
     header: list[str] | None = None
     for place, row in rows:
@@ -116,17 +117,21 @@ def _objects(path: Path) -> Iterator[Record]:
         yield Record(place, found)
 
 
-def _quoted(path: Path) -> Iterator[tuple[Place, list[str]]]:
+def _quoted(path: Path) -> list[tuple[Place, list[str]]]:
     text = "\n".join(line for _, line in read_lines(path))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    begin = 1
+    rows, begin = [], 1
+    usual = csv.field_size_limit(max(len(text), 1))  # of all readers: 131072 is little for a document
     try:
         for row in reader:
             if row:
-                yield Place(path, begin), row
+                rows.append((Place(path, begin), row))
             begin = reader.line_num + 1
     except csv.Error as error:
         Place(path, begin).refuse(f"{error}: a quote is not closed, or stands alone")
+    finally:
+        csv.field_size_limit(usual)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,8 @@ class Sentence:
 def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]:
     """The sentences of a CoNLL file. CoNLL-U's comments, multiword tokens (1-2) and empty nodes (1.1) are left out.
 
-    A separator is a line without anything but blanks; a line that begins with "# " between sentences is a comment, and
-    -DOCSTART- lines are left out.
+    A separator is a line without anything but blanks. A line that begins with "# " between sentences is a comment, but
+    where it has the columns and the label of another line. -DOCSTART- lines are left out.
 
     Args:
         word, label: their columns, from 0; negative ones count from the end. label None: not read.
@@ -157,6 +162,9 @@ def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]
     labels: list[str] = []
     lines: list[int] = []
     width = 0  # of the whole file
+    # "# O" is a row; "# id 17 domain=train" is none, though it may have as many columns.
+    telling = -1 if label is None else label
+    kinds = {_kind(line, telling) for _, line in read_lines(path) if line.strip() and not line.startswith("# ")}
 
     def sentence() -> Sentence:
         return Sentence(Place(path, lines[0]), words, None if label is None else labels, tuple(lines))
@@ -167,9 +175,11 @@ def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]
                 yield sentence()
             words, labels, lines = [], [], []
             continue
-        if (not words and line.startswith("# ")) or (universal and line.startswith("#")):
+        if universal and line.startswith("#"):
             continue
-        fields = line.split("\t") if "\t" in line else line.split()
+        if not words and line.startswith("# ") and _kind(line, telling) not in kinds:
+            continue
+        fields = _fields(line)
         if fields[0] == "-DOCSTART-" or (universal and not fields[0].isdigit()):
             continue
         width = width or len(fields)
@@ -187,3 +197,14 @@ def read_columns(path: Path, word: int, label: int | None) -> Iterator[Sentence]
             labels.append(fields[label])
     if words:
         yield sentence()
+
+
+def _fields(line: str) -> list[str]:
+    """The columns, without the blanks around them: one behind a label would make another label of it."""
+    return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+
+
+def _kind(line: str, column: int) -> tuple[int, str]:
+    """How many columns it has, and what stands in one of them."""
+    fields = _fields(line)
+    return len(fields), fields[column] if -len(fields) <= column < len(fields) else ""

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from albert_fast.config import AlbertConfig
 from albert_fast.finetuning.config import FinetuneConfig
 from albert_fast.finetuning.objective import TaskObjective
 from albert_fast.finetuning.reading import Place
 from albert_fast.finetuning.rows import Row
-from albert_fast.finetuning.task import Task, load_task
+from albert_fast.finetuning.task import Task, check_length, load_task
 from albert_fast.finetuning.trainer import Finetuner, run_rows
 from albert_fast.training import parallel
 from albert_fast.training.loop import run_to_status
@@ -34,7 +35,7 @@ class Pipeline:
         rows: of a batch.
 
     Raises:
-        ValueError: the directory has no such model.
+        ValueError: the directory has no such model, or an override does not fit it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Pipeline:
         rows: int = 64,
     ) -> None:
         self.task: Task = load_task(Path(directory), overrides)
+        check_length(self.task.length, AlbertConfig.from_pretrained(directory))
         self.world = parallel.start(device)
         model = self.task.model_class.from_pretrained(directory).to(self.world.device).eval()
         self.objective, self.batch_rows = TaskObjective(model, self.task), rows

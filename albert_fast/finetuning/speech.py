@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from albert_fast.finetuning.task import Task, number_of
 from albert_fast.speech import MEL_BINS, AlbertForCTC, SpeechBatch, encoded_length, greedy, needed_length, prefix_beam
 
 _BLANK = "<blank>"
+_ALL_BUT_HEAD = ("front.*", "norm.*", "encoder.*", "pass_weights")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Utterance:
     place: Place
     path: Path
     text: str | None
+
+
+class _OtherCharacters(AlbertForCTC):
+    """Read from a checkpoint without its head."""
+
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*",)
 
 
 class Speech(Task):
@@ -95,7 +102,13 @@ class Speech(Task):
             example.place.refuse(
                 f"{example.path} has {len(samples)} samples, less than a frame of {WINDOW * 1000:g} ms"
             )
-        return log_mel(samples, self.rate, self.bins)
+        features = log_mel(samples, self.rate, self.bins)
+        if not features.isfinite().all():
+            example.place.refuse(
+                f"{example.path} has samples that are not finite, or far beyond full scale, 1: write the file anew, or "
+                "leave it out"
+            )
+        return features
 
     @property
     def bins(self) -> int:
@@ -114,6 +127,10 @@ class Speech(Task):
         config.id2label = dict(enumerate(self.labels))
         config.label2id = dict(self.numbers)
         config.extra[MEL_BINS] = self.bins
+
+    def with_new_head(self, directory: str, config: AlbertConfig) -> AlbertForCTC:
+        """Of a model of other characters: all but what says them."""
+        return _OtherCharacters.from_pretrained(directory, config=config, dtype=torch.float32, parts=_ALL_BUT_HEAD)
 
     def targets(self, batch: Batch) -> int:
         return sum(len(row.target) for row in batch.source)

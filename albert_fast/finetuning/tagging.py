@@ -6,7 +6,8 @@ A sentence that is longer than a row becomes several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ class Tagging(Task):
 
     def learn(self, examples: Sequence[Sentence]) -> None:
         self.restore({"labels": sorted({label for sentence in examples for label in sentence.labels or ()})})
-        if self.scheme is not None:
-            _refuse_iob1(examples)
 
     def state(self) -> dict[str, Any]:
         return {"labels": self.labels}
@@ -60,6 +59,9 @@ class Tagging(Task):
         self.best = "accuracy" if self.scheme is None else "f1"
 
     def rows(self, examples: Sequence[Sentence], *, labelled: bool) -> list[Row]:
+        if labelled and self.scheme is not None:
+            for _, sentences in itertools.groupby(examples, key=lambda sentence: sentence.place.path):
+                _refuse_iob1(sentences)
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         rows = []
         for number, sentence in enumerate(examples):
@@ -140,15 +142,15 @@ def scheme_of(labels: Sequence[str]) -> str | None:
     return "BIOES" if prefixes & {"E", "S"} else "BIO"
 
 
-def _refuse_iob1(sentences: Sequence[Sentence]) -> None:
-    """Where most entities begin with I-, B- only parts neighbors: what the figures count would be few of them."""
+def _refuse_iob1(sentences: Iterable[Sentence]) -> None:
+    """Where most entities of a file begin with I-, B- only parts neighbors: few of them would be counted."""
     begun: dict[str, int] = {"B": 0, "I": 0, "S": 0}
     first = None
     for sentence in sentences:
         before = "O"
         for word, label in enumerate(sentence.labels or ()):
             starts_inside = label.startswith("I-") and before.partition("-")[2] != label.partition("-")[2]
-            if starts_inside or label[0] in "BS":
+            if starts_inside or label.startswith(("B-", "S-")):
                 begun[label[0]] += 1
                 first = first or (sentence.place_of(word) if starts_inside else None)
             before = label

@@ -22,10 +22,12 @@ from albert_fast.finetuning.config import CONFIGURATION, TASKS, FinetuneConfig
 from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.rows import Batch, Row, pack
 from albert_fast.flops import flops
+from albert_fast.ops.checks import check
 from albert_fast.tokenizer import AlbertTokenizer
 
 TASK = "task.json"
 IGNORE_INDEX = -100
+ENCODER = ("albert.*", "predictions.*")
 _KEPT = ("task", "length", "data", "decoding", "exit")  # of a run's configuration, with a model
 
 
@@ -44,6 +46,7 @@ class Task(ABC):
         model_class: what is trained.
         reads_text: whether it has a tokenizer.
         measures: modules that `metrics` needs.
+        config_keys: of a config.json, what its model reads beside the fields of AlbertConfig.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,7 @@ class Task(ABC):
     model_class: Any
     reads_text: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ()
+    config_keys: ClassVar[tuple[str, ...]] = ()
     tokenizer: AlbertTokenizer
 
     def __init__(
@@ -102,6 +106,10 @@ class Task(ABC):
     @abstractmethod
     def configure(self, config: AlbertConfig) -> None:
         """Sets what the head needs in a model's config."""
+
+    def with_new_head(self, directory: str, config: AlbertConfig) -> Any:
+        """The model with the encoder of a checkpoint that has another head."""
+        return self.model_class.from_pretrained(directory, config=config, dtype=torch.float32, parts=ENCODER)
 
     def begin(self, model: Any) -> None:
         """What is done with a model of which a checkpoint had the encoder alone: nothing more for most tasks."""
@@ -191,11 +199,36 @@ def task_class(name: str) -> type[Task]:
     return getattr(importlib.import_module(f"albert_fast.finetuning.{module}"), kind)
 
 
+def check_length(length: int, shape: AlbertConfig) -> None:
+    """Raises ValueError where a model has not so many positions."""
+    check(
+        length <= shape.max_position_embeddings,
+        f"length is {length} and the model has {shape.max_position_embeddings} positions: lower it, or "
+        "lengthen the model by `albert-fast extend`",
+    )
+
+
 def tokenizer_of(config: FinetuneConfig) -> AlbertTokenizer:
     source = Path(config.vocab or config.model)
     if source.name == "spiece.model" and (source.parent / "tokenizer_config.json").exists():
         source = source.parent  # which says whether there are capitals and accents
     return AlbertTokenizer(source) if source.suffix == ".model" else AlbertTokenizer.from_pretrained(source)
+
+
+def read_known(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `Task.save` wrote: of the configuration, and the state.
+
+    Raises:
+        ValueError: the directory has no such file.
+    """
+    try:
+        known = json.loads((directory / TASK).read_text(encoding="utf-8"))
+        return dict(known["config"]), dict(known["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "
+            "expected, such as OUT/best"
+        ) from None
 
 
 def load_task(directory: Path, overrides: Sequence[str] = ()) -> Task:
@@ -207,15 +240,14 @@ def load_task(directory: Path, overrides: Sequence[str] = ()) -> Task:
     Raises:
         ValueError: the directory has none, or an override is none.
     """
-    try:
-        known = json.loads((directory / TASK).read_text(encoding="utf-8"))
-        how, state = known["config"], known["state"]
-        saved = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in how.items()]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{directory} has no {TASK} that can be read ({error}): a directory that `albert-fast finetune` wrote was "
-            "expected, such as OUT/best"
-        ) from None
+    how, state = read_known(directory)
+    for override in overrides:
+        check(
+            override.partition("=")[0] != "task",
+            f"{override!r} was given, and {directory} was trained for {how.get('task')!r}: leave it out, or train "
+            "another model",
+        )
+    saved = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in how.items()]
     config = CONFIGURATION.parse(None, [*saved, *overrides])
     kind = task_class(config.task)
     return kind(config, AlbertTokenizer.from_pretrained(directory) if kind.reads_text else None, state)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,15 @@ from albert_fast.finetuning.config import SHAPES, FinetuneConfig
 from albert_fast.finetuning.matching import look_for_matches
 from albert_fast.finetuning.objective import TaskObjective
 from albert_fast.finetuning.rows import Batch, Feed, Row
-from albert_fast.finetuning.task import Task, task_class, tokenizer_of
+from albert_fast.finetuning.task import Task, check_length, read_known, task_class, tokenizer_of
 from albert_fast.ops.checks import check
 from albert_fast.training.learner import Learner
 from albert_fast.training.loop import Loop
 from albert_fast.training.parallel import World
 
 BEST, METRICS = "best", "metrics.json"
+DEV = "dev"  # in METRICS: which held-out examples the figures are of
 PRETRAINED = {"AlbertModel", "AlbertForMaskedLM", "AlbertForPreTraining"}
-ENCODER = ("albert.*", "predictions.*")
 
 
 class Finetuner(Loop):
@@ -52,11 +54,7 @@ class Finetuner(Loop):
         self.held_out = task.read_all(config.data.dev)
         self.held_out_rows = task.rows(self.held_out, labelled=True)
         shape = self._shape(config, None if tokenizer is None else len(tokenizer))
-        check(
-            config.length <= shape.max_position_embeddings,
-            f"length is {config.length} and the model has {shape.max_position_embeddings} positions: lower it, or "
-            "lengthen the model by `albert-fast extend`",
-        )
+        check_length(config.length, shape)
         config = config.with_steps(len(rows))
         self.shape = shape
         model = self._model(config, shape)
@@ -74,12 +72,16 @@ class Finetuner(Loop):
         self.metrics: dict[str, float] | None = None
 
     def _shape(self, config: FinetuneConfig, vocab_size: int | None) -> AlbertConfig:
-        path, fields = Path(config.model), dict(config.overrides)
+        path = Path(config.model)
         if config.model in SHAPES:
             shape = getattr(AlbertConfig, config.model)(2, vocab_size=vocab_size or 1)
         else:
             shape = AlbertConfig.from_json_file(path / "config.json" if path.is_dir() else path)
-        shape = AlbertConfig.from_dict({**shape.to_dict(), **fields})
+        known = {each.name for each in fields(AlbertConfig)} - {"extra"} | {*self.task.config_keys, *shape.extra}
+        for name in config.overrides:
+            close = ", ".join(difflib.get_close_matches(name, known)) or "num_hidden_layers"
+            check(name in known, f"overrides has {name!r}; a field of the model's config was expected, such as {close}")
+        shape = AlbertConfig.from_dict({**shape.to_dict(), **config.overrides})
         check(
             vocab_size is None or shape.vocab_size >= vocab_size,
             f"the model has {shape.vocab_size} pieces and the vocabulary {vocab_size}: give the model's own",
@@ -99,8 +101,10 @@ class Finetuner(Loop):
         before = AlbertConfig.from_pretrained(config.model)
         of_this_task = kind.__name__ in (before.architectures or ()) and before.id2label == shape.id2label
         other_task = not of_this_task and not PRETRAINED & set(before.architectures or PRETRAINED)
-        parts = ENCODER if other_task else None  # its head is no use here
-        model = kind.from_pretrained(config.model, config=shape, dtype=torch.float32, parts=parts)
+        if other_task:  # its head is no use here
+            model = self.task.with_new_head(config.model, shape)
+        else:
+            model = kind.from_pretrained(config.model, config=shape, dtype=torch.float32)
         if not of_this_task:
             self.task.begin(model)
         return model
@@ -124,15 +128,29 @@ class Finetuner(Loop):
         self._keep_best()
         return dict(self.metrics)
 
+    def _resume(self, checkpoint: Path) -> None:
+        """Labels are numbers to the weights: those of other data would be other labels, without a word."""
+        how, before = read_known(checkpoint / "model")
+        had, has = {"task": how.get("task"), **before}, {"task": self.task.name, **self.task.state()}
+        if changed := sorted(key for key in {*had, *has} if had.get(key) != has.get(key)):
+            of = lambda known: ", ".join(f"{key} {_shortened(known.get(key))}" for key in changed)  # noqa: E731
+            raise ValueError(
+                f"the run in {self.output} has {of(had)}, and would go on with {of(has)}: give the data and options "
+                "that it had, or another output (-o)"
+            )
+        super()._resume(checkpoint)
+
     def _keep_best(self) -> None:
-        """OUT/best, where this is better than what is there."""
+        """OUT/best, where this is better than what is there. Figures of other held-out data say nothing of it."""
         assert self.metrics is not None
         best = self.output / BEST
         states = self.learner.whole_states()
         if not self.world.is_main:
             return
+        dev = _fingerprint(self.held_out)
         try:
-            before = json.loads((best / METRICS).read_text(encoding="utf-8"))[self.task.best]
+            known = json.loads((best / METRICS).read_text(encoding="utf-8"))
+            before = known[self.task.best] if known.get(DEV, dev) == dev else None  # older files do not say
         except (OSError, ValueError, KeyError):
             before = None
         if not self.task.is_better(self.metrics[self.task.best], before):
@@ -140,7 +158,7 @@ class Finetuner(Loop):
         partial = self.output / ".best.partial"
         shutil.rmtree(partial, ignore_errors=True)
         name = "model" if self.learner.average is None else "ema"
-        figures = {"step": self.budget.step, **self.metrics}
+        figures = {"step": self.budget.step, **self.metrics, DEV: dev}
         try:
             self.learner.export(partial, {name: states[name]})
             (partial / name / METRICS).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -151,6 +169,20 @@ class Finetuner(Loop):
         shutil.rmtree(best, ignore_errors=True)
         (partial / name).rename(best)
         shutil.rmtree(partial)
+
+
+def _fingerprint(examples: Sequence[Any]) -> str:
+    """Of what examples hold, wherever they were read."""
+    found = hashlib.sha256()
+    for example in examples:
+        values = [getattr(example, each.name) for each in fields(example) if each.name not in ("place", "lines")]
+        found.update(repr([value.name if isinstance(value, Path) else value for value in values]).encode())
+    return found.hexdigest()[:16]
+
+
+def _shortened(value: Any) -> str:
+    text = ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
+    return text if len(text) <= 200 else text[:200] + " …"
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class Translation(Task):
     measures = ("sacrebleu",)
     best = "bleu"
     model_class = AlbertForSeq2SeqLM
+    config_keys = (DECODER_LAYERS,)
 
     # ------------------------------------------------------------------------------------------------------- the data
 

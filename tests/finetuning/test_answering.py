@@ -1,5 +1,6 @@
 """Questions and answers: windows, targets, the best span by hand, and the official figures."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -258,6 +259,23 @@ def test_files(model_directory, tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(DataError, match="is not SQuAD's JSON"):
         task.read_all([str(tmp_path / "a.json")])
+
+
+def test_files_as_others_write_them(model_directory, tmp_path):
+    """With a byte order mark, and compressed."""
+    task = task_of(model_directory)
+    path = squad(tmp_path, {"text": "Ada", "answer_start": 7})
+    content = b"\xef\xbb\xbf" + path.read_bytes()
+    path.write_bytes(content)
+    packed = tmp_path / "b.json.gz"
+    packed.write_bytes(gzip.compress(content))
+    assert [e.id for e in task.read_all([str(path), str(packed)])] == ["q7", "q7"]
+
+
+@pytest.mark.parametrize("question", [None, 7, ["who?"]])
+def test_a_question_that_is_no_text(question, model_directory, tmp_path):
+    with pytest.raises(DataError, match=r"question q7: its question is .*; a text was expected"):
+        task_of(model_directory).read_all([str(squad(tmp_path, {}, question=question))], labelled=False)
 
 
 def test_the_originals_head(model_directory, draw):

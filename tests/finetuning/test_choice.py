@@ -99,14 +99,43 @@ def test_files(model_directory, tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
         {"context": "c", "question": "q", "choices": ["x", "y"], "label": "B"},
-        {"choices": ["x", "y"], "label": 0},
+        {"question": "q", "choices": ["x", "y"], "label": 0.0},
+        {"context": None, "question": "q", "choices": ["x", "y"], "label": "1"},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     task = task_of(model_directory)
     assert [(e.context, e.choices, e.label) for e in task.read_all([str(path)])] == [
         ("c", ("x", "y"), 1),
         ("", ("x", "y"), 0),
+        ("", ("x", "y"), 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "entry", "message"),
+    [
+        ({"context": "contxt"}, {"context": "c", "question": "q"}, "no 'contxt'; it has .*'context', 'question': name"),
+        ({"question": "asked"}, {"context": "c"}, "no 'asked'; .*data.question=null"),
+        ({}, {"article": "c", "question": "q"}, "no 'context'; it has .*'article', 'question': .*data.context=null"),
+        ({}, {}, "no 'context'"),
+        ({"context": None}, {}, "no 'question'"),
+        ({"context": None}, {"article": "c", "question": "q"}, None),
+        ({"context": None, "question": None}, {}, None),
+        ({}, {"context": "c"}, None),
+    ],
+    ids=["misspelt", "question", "race", "neither", "no_question", "no_context", "choices_alone", "default"],
+)
+def test_columns_that_are_missing(columns, entry, message, model_directory, tmp_path):
+    """What is not there is not read as empty, but where that is what was meant."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"choices": ["x", "y"], "label": "A", **entry}))
+    config = FinetuneConfig(data=DataOptions(**columns))
+    task = Choice(config, AlbertTokenizer.from_pretrained(model_directory))
+    if message is None:
+        assert len(task.read_all([str(path)])) == 1
+        return
+    with pytest.raises(DataError, match=f"line 1: there is {message}"):
+        task.read_all([str(path)])
 
 
 def test_styles(model_directory, tmp_path):
@@ -135,11 +164,12 @@ def test_styles(model_directory, tmp_path):
         ({"choices": ["x"], "label": 0}, "a list of at least two texts"),
         ({"choices": "xy", "label": 0}, "a list of at least two texts"),
         ({"choices": ["x", "y"], "label": 2}, "the label is 2; 0 to 1"),
+        ({"choices": ["x", "y"], "label": 0.9}, "the label is 0.9; a whole number"),
         ({"choices": ["x", "y"], "label": "C"}, "the label is 'C'|the label is 2"),
         ({"choices": ["x", "y"]}, "there is no 'label'"),
         ({"choices": ["x", "y"], "label": 0, "context": ["z"]}, "'context' is .*; a text was expected"),
     ],
-    ids=["one", "text", "number", "letter", "none", "context"],
+    ids=["one", "text", "number", "share", "letter", "none", "context"],
 )
 def test_bad_files(entry, message, model_directory, tmp_path):
     path = tmp_path / "a.jsonl"

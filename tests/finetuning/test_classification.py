@@ -103,6 +103,11 @@ def test_figures():
     figures = task.metrics(examples, [{"labels": labels} for labels in ({"a"}, {"a"}, {"b"})])
     assert figures["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert figures["accuracy"] == pytest.approx(1 / 3)
+    task.restore({"kind": "multi", "labels": ["a"], "early_exit": False})
+    examples = [Example(HERE, "", None, labels) for labels in (["a"], ["a"], [], [], [])]
+    figures = task.metrics(examples, [{"labels": labels} for labels in ({"a"}, {}, {}, {}, {})])
+    assert figures == pytest.approx({"f1": 2 / 3, "f1_macro": 2 / 3, "accuracy": 4 / 5})
+    assert task.metrics(examples[2:], [{"labels": {}}] * 3)["f1"] == 0
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,9 @@ def test_figures():
         ({"kind": "regression"}, "text\tlabel\na\t1\nb\tmany\n", "line 3: the label is 'many'; a number was expected"),
         ({"kind": "regression"}, "text\tlabel\na\tnan\n", "line 2: the label is 'nan'"),
         ({"pair": "other"}, "text\tlabel\na\t1\n", "no 'other'"),
+        ({"kind": "multi"}, "text\tlabel\na\t\nb\t,\n", "a.tsv: no line has a label; .* in 'label'"),
     ],
-    ids=["one_label", "empty", "number", "nan", "pair"],
+    ids=["one_label", "empty", "number", "nan", "pair", "no_label"],
 )
 def test_bad_labels(data, lines, message, model_directory, tmp_path):
     path = tmp_path / "a.tsv"
@@ -189,3 +195,16 @@ def test_texts_and_pairs_are_not_mixed(model_directory):
     for examples in (mixed, mixed[::-1]):
         with pytest.raises(DataError, match="a text and a pair of texts are mixed"):
             task.rows(examples, labelled=False)
+
+
+def test_lines_fit_the_model(model_directory):
+    """A pair is none of a model of single texts, and its texts are none of a model of pairs."""
+    single, pairs = task_of(model_directory), task_of(model_directory, pair="other")
+    assert single.from_line(HERE, "a film").pair is None
+    example = pairs.from_line(HERE, "a film\ta story")
+    assert (example.text, example.pair) == ("a film", "a story")
+    with pytest.raises(DataError, match="here, line 1: it has a tab, and the model takes single texts"):
+        single.from_line(HERE, "good\ta film")
+    for line in ("a film", "good\ta film\ta story"):
+        with pytest.raises(DataError, match=r"here, line 1: it has \d tabs, and the model takes pairs"):
+            pairs.from_line(HERE, line)

@@ -1,12 +1,13 @@
 """Files of examples: what they hold, and what is said of those that are damaged."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from albert_fast.finetuning.reading import DataError, read_columns, read_table
+from albert_fast.finetuning.reading import DataError, read_columns, read_lines, read_table
 
 
 def table(path: Path, columns=("text", "label")) -> list[dict]:
@@ -27,6 +28,26 @@ def test_tables(tmp_path):
     lines = tmp_path / "d.jsonl"
     lines.write_text(json.dumps({"text": "é", "label": ["a"]}) + "\n\n")
     assert table(lines) == [{"text": "é", "label": ["a"]}]
+
+
+def test_long_fields(tmp_path):
+    """As long as a file, and other readers' limit as it was; a quote that is not closed is still told."""
+    path, before, long = tmp_path / "a.csv", csv.field_size_limit(), "word " * 40_000
+    path.write_text(f'text,label\n"{long}",1\n')
+    assert table(path) == [{"text": long, "label": "1"}]
+    path.write_text(f'text,label\na,1\n"{long},1\n')
+    with pytest.raises(DataError, match=r"line 3: unexpected end of data: a quote is not closed"):
+        table(path)
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_ends_of_lines(tmp_path, suffix):
+    """A carriage return alone is none."""
+    path = tmp_path / f"a.txt{suffix}"
+    content = b"one\rand more\r\ntwo\n\r\nthree"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    assert [line for _, line in read_lines(path)] == ["one\rand more", "two", "", "three"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,23 @@ def test_columns(tmp_path):
     assert [s.lines for s in found] == [(4, 5), (7,)]
     assert found[0].place_of(1).line == 5
     assert [s.labels for s in read_columns(path, 0, None)] == [None, None]
+
+
+@pytest.mark.parametrize("blank", [" ", "\t"], ids=["blank", "tab"])
+def test_a_word_that_is_no_comment(tmp_path, blank):
+    """It has as many columns as another line, and its label; what has not, is one."""
+    path = tmp_path / "a.conll"
+    path.write_text(f"# of more columns\n\n#{blank}O\nb{blank}B-x\nc{blank}O\n\n# id=3\n#{blank}B-x\n# {blank}O\n")
+    assert [(s.words, s.labels) for s in read_columns(path, 0, -1)] == [
+        (["#", "b", "c"], ["O", "B-x", "O"]),
+        (["#", "#"], ["B-x", "O"]),
+    ]
+
+
+def test_blanks_behind_a_label(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("Ada\tB-x \nb \t O\n")
+    assert [(s.words, s.labels) for s in read_columns(path, 0, -1)] == [(["Ada", "b"], ["B-x", "O"])]
 
 
 def test_universal_columns(tmp_path):

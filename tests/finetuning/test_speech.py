@@ -4,12 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from albert_fast import AlbertConfig
+from albert_fast.audio import _mel_bands
 from albert_fast.finetuning.config import CONFIGURATION
-from albert_fast.finetuning.reading import DataError
+from albert_fast.finetuning.reading import DataError, Place
 from albert_fast.finetuning.run import Pipeline, finetune
+from albert_fast.finetuning.speech import Speech, Utterance
 from albert_fast.finetuning.trainer import Finetuner
+from albert_fast.speech import AlbertForCTC
 from albert_fast.training import parallel, tracking
 
 soundfile = pytest.importorskip("soundfile")
@@ -76,6 +80,26 @@ def test_it_learns(configure, tmp_path):
     assert pipeline.task.labels == ["<blank>", "a", "b"]
 
 
+def test_a_head_for_other_characters_is_left_out(configure, tmp_path):
+    """What hears stays, and what says is new."""
+    assert finetune(configure("schedule.steps=1", "epochs=null")) == 0
+    best = tmp_path / "run" / "best"
+    before = AlbertForCTC.from_pretrained(best).state_dict()
+    table = tmp_path / "sound" / "train.tsv"
+    table.write_text(table.read_text().replace("b", "c").replace("\tc", "\tbc", 1))
+    with pytest.warns(
+        UserWarning, match=r"newly initialized, because .* lacks them: classifier.weight, classifier.bias\."
+    ):
+        run = Finetuner(
+            configure(f"model={best}", f"output={tmp_path / 'other'}", "data.dev=[]"), parallel.start("cpu")
+        )
+    after = run.learner.model.state_dict()
+    assert after.pop("classifier.weight").shape[0] == 4
+    after.pop("classifier.bias")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert len(after) == len(before) - 2
+
+
 def test_bad_files(configure, tmp_path):
     table = tmp_path / "sound" / "train.tsv"
     lines = table.read_text().splitlines()
@@ -92,3 +116,22 @@ def test_bad_files(configure, tmp_path):
     table.write_text("\n".join([*lines, "short.wav\ta"]))
     with pytest.raises(DataError, match=r"line 62: .*50 samples, less than a frame"):
         Finetuner(configure(), parallel.start("cpu"))
+
+
+@pytest.mark.parametrize("sample", [np.nan, np.inf, 1e30], ids=["nan", "infinite", "too_large"])
+@pytest.mark.parametrize("own", [RATE, 2 * RATE], ids=["rate", "resampled"])
+def test_samples_that_are_no_numbers(sample, own, model_directory, tmp_path):
+    sound = np.zeros(own, np.float32)
+    sound[own // 2] = sample
+    soundfile.write(tmp_path / "a.wav", sound, own, subtype="FLOAT")
+    config = CONFIGURATION.parse(None, [f"data.rate={RATE}"])
+    task = Speech(config, None, {"labels": ["<blank>", "a"], "rate": RATE})
+    with pytest.raises(DataError, match=r"input, line 1: .*a\.wav has samples that are not finite"):
+        task.rows([Utterance(Place(Path("input"), 1), tmp_path / "a.wav", "a")], labelled=True)
+
+
+@pytest.mark.parametrize("rate", [-1, 0, 1000])
+def test_rates_that_are_too_low(rate):
+    with pytest.raises(ValueError, match=f"data.rate is {rate}; at least 2400 was expected"):
+        CONFIGURATION.parse(None, [f"data.rate={rate}"])
+    assert (_mel_bands(2400, 64, 40).sum(1) > 0).all()

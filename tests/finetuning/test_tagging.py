@@ -109,12 +109,20 @@ def test_entities_are_counted_strictly(model_directory):
 def test_iob1_is_refused(model_directory):
     """Where B- only parts neighbors; but some entities that begin with I- are noise, as in real files."""
     task = task_of(model_directory)
-    old = [Sentence(HERE, ["a", "b", "c"], ["I-x", "I-x", "O"], (1, 2, 3)), Sentence(HERE, ["d"], ["I-y"], (5,))]
-    with pytest.raises(DataError, match=r"here, line 1: entities begin with I- \(IOB1\)"):
-        task.learn([*old, Sentence(HERE, ["a", "b"], ["I-x", "B-x"], (7, 8))])
     noise = Sentence(HERE, ["a", "b", "c", "d", "e"], ["B-x", "O", "I-x", "B-x", "I-y"], (1, 2, 3, 4, 5))
-    task.learn([noise, Sentence(HERE, ["a"], ["B-y"], (7,))])
+    good = [noise, Sentence(HERE, ["a"], ["B-y"], (7,))]
+    task.learn(good)
     assert task.scheme == "BIO"
+    assert len(task.rows(good, labelled=True)) == 2
+    there = Place(Path("there"), 1)
+    old = [Sentence(there, ["a", "b", "c"], ["I-x", "I-x", "O"], (1, 2, 3)), Sentence(there, ["d"], ["I-y"], (5,))]
+    for examples in (old, [*good * 9, *old]):  # one file of several, or to evaluate on
+        with pytest.raises(DataError, match=r"there, line 1: entities begin with I- \(IOB1\)"):
+            task.rows(examples, labelled=True)
+    assert len(task.rows(old, labelled=False)) == 2
+    task.learn([*old, Sentence(there, ["a", "b"], ["I-x", "B-x"], (7, 8))])
+    with pytest.raises(DataError, match="IOB1"):
+        task.rows(old, labelled=True)
 
 
 def test_a_label_that_is_not_known_is_named_with_its_line(model_directory):

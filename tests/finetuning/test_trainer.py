@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,26 @@ def test_the_commands(files, model_directory, tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_what_does_not_fit_a_model_is_refused(configure, files, tmp_path, capsys):
+    """Before anything is computed or written."""
+    assert finetune(configure("schedule.steps=1", "epochs=null")) == 0
+    best, dev = str(tmp_path / "run" / "best"), str(files["dev"])
+    for arguments, message in (
+        (["evaluate", best, dev, "--set", "task=tagging"], "'task=tagging' was given, and .* for 'classification'"),
+        (["predict", best, dev, "--set", "length=4096"], "length is 4096 and the model has 64 positions"),
+        (["predict", best, "missing.tsv", "-o", "/proc/nope/x"], "--output is '/proc/nope/x', which cannot be written"),
+        (["predict", best, "missing.tsv", "-o", str(tmp_path)], "which cannot be written .*[Dd]irectory"),
+        (["predict", best, "missing.tsv", "-o", str(tmp_path / "said")], "missing.tsv cannot be read"),
+    ):
+        assert main([*arguments, "--device", "cpu"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "said").exists()
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    assert main(["predict", best, "missing.tsv", "-o", str(kept), "--device", "cpu"]) == 2
+    assert kept.read_text() == "as it was"
+
+
 def test_going_on_gives_the_same_bits(configure, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch, a run ends with the weights of one that was not."""
     whole = Finetuner(configure("epochs=2", "model=" + configure().model), parallel.start("cpu"))
@@ -118,6 +139,37 @@ def test_going_on_gives_the_same_bits(configure, tmp_path, monkeypatch):
     assert second.run() == 0
     for name, tensor in second.learner.model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_does_not_go_on_with_other_labels(configure, files):
+    """Their numbers in the weights would be other labels': "bad" was 0, and "worst" would be 1."""
+    assert finetune(configure("epochs=0.1")) == 0
+    for path in files.values():
+        path.write_text(path.read_text().replace("\tgood", "\tan"))
+    with pytest.raises(
+        ValueError, match=r"run has labels 'bad', 'good', and would go on with labels 'an', 'bad': .*output \(-o\)"
+    ):
+        finetune(configure("epochs=0.2"))
+
+
+def test_the_best_of_other_held_out_data(configure, files, tmp_path):
+    """A figure of one file does not stand against one of another; one that does not say of which is compared."""
+    path, moved = tmp_path / "run" / "best" / "metrics.json", tmp_path / "moved.tsv"
+
+    def kept(accuracy: float, dev: Path) -> float:
+        run = Finetuner(configure(f"data.dev=[{dev}]"), parallel.start("cpu"))
+        run.metrics = {"accuracy": accuracy}
+        run._keep_best()
+        return json.loads(path.read_text())["accuracy"]
+
+    assert kept(0.9, files["dev"]) == 0.9
+    assert kept(0.8, files["dev"]) == 0.9
+    files["dev"].rename(moved)
+    assert kept(0.8, moved) == 0.9
+    moved.write_text("text\tlabel\na great film\tgood\n")
+    assert kept(0.8, moved) == 0.8
+    path.write_text('{"step": 1, "accuracy": 0.9}')
+    assert kept(0.8, moved) == 0.9
 
 
 def test_every_row_comes_once_in_an_epoch(configure):
@@ -147,8 +199,28 @@ def test_every_row_comes_once_in_an_epoch(configure):
         (["early_exit=true", "parallel.tensor=2"], "parallel.tensor is not for speech and early_exit"),
         (["data.train=[missing.tsv]"], "missing.tsv cannot be read"),
         (["model=nowhere"], "nowhere"),
+        (["seed=-1"], "seed is -1; a number from 0"),
+        (["overrides={num_layers: 1}"], "overrides has 'num_layers'; .* such as .*num_hidden_layers"),
+        (["overrides={extra: {}}"], "overrides has 'extra'"),
+        (["overrides={num_decoder_layers: 1}"], "overrides has 'num_decoder_layers'"),  # of translation
     ],
-    ids=["task", "train", "length", "epochs", "rule", "rules", "confidence", "r_drop", "tensor", "missing", "model"],
+    ids=[
+        "task",
+        "train",
+        "length",
+        "epochs",
+        "rule",
+        "rules",
+        "confidence",
+        "r_drop",
+        "tensor",
+        "missing",
+        "model",
+        "seed",
+        "override",
+        "extra",
+        "other_task",
+    ],
 )
 def test_mistakes(overrides, message, configure, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
@@ -258,6 +330,15 @@ def test_a_package_for_figures_that_is_missing(configure, files, tmp_path, monke
 def test_from_random_weights(configure, model_directory, draw: random.Random):
     config = configure(f"model={model_directory / 'config.json'}", f"vocab={model_directory}", "epochs=1")
     assert finetune(config) == 0
+
+
+def test_overrides(configure, model_directory, tmp_path):
+    """Fields of AlbertConfig, and what the model's own config.json has beside them."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads((model_directory / "config.json").read_text()), "gap_size": 0}))
+    overrides = "overrides={num_hidden_layers: 1, num_labels: 2, gap_size: 1}"
+    run = Finetuner(configure(f"model={path}", f"vocab={model_directory}", overrides), parallel.start("cpu"))
+    assert (run.shape.num_hidden_layers, run.shape.extra["gap_size"]) == (1, 1)
 
 
 def test_two_processes(configure, files, model_directory, tmp_path):
