@@ -98,7 +98,7 @@ class FrontEnd(nn.Module):
 class AlbertForCTC(AlbertPreTrainedModel):
     """Speech to labels; label 0 is CTC's blank. `config.num_labels` counts it."""
 
-    _newly_initialized: ClassVar[tuple[str, ...]] = ()
+    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*",)
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__(config)

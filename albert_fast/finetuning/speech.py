@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,6 @@ class Utterance:
     place: Place
     path: Path
     text: str | None
-
-
-class _OtherCharacters(AlbertForCTC):
-    """Read from a checkpoint without its head."""
-
-    _newly_initialized: ClassVar[tuple[str, ...]] = ("classifier.*",)
 
 
 class Speech(Task):
@@ -130,7 +124,7 @@ class Speech(Task):
 
     def with_new_head(self, directory: str, config: AlbertConfig) -> AlbertForCTC:
         """Of a model of other characters: all but what says them."""
-        return _OtherCharacters.from_pretrained(directory, config=config, dtype=torch.float32, parts=_ALL_BUT_HEAD)
+        return AlbertForCTC.from_pretrained(directory, config=config, dtype=torch.float32, parts=_ALL_BUT_HEAD)
 
     def targets(self, batch: Batch) -> int:
         return sum(len(row.target) for row in batch.source)
