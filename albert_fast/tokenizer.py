@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 import uuid
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -502,7 +503,26 @@ def train_vocabulary(
     model = vocabulary.train((cleaner.clean(text) for text in texts), vocab_size=vocab_size, **options)
     tokenizer = AlbertTokenizer(model, do_lower_case=do_lower_case, keep_accents=keep_accents)
     tokenizer.save_pretrained(directory)
+    if not keep_accents:
+        _warn_of_transformers(tokenizer)
     return tokenizer
+
+
+def _warn_of_transformers(tokenizer: AlbertTokenizer) -> None:
+    """transformers' class takes characters apart, syllables of Hangul and vowels of Indic scripts, and does not put
+    them together again, as sentencepiece does: it would not find pieces that have them."""
+    apart = {
+        c
+        for piece in map(tokenizer._spm.id_to_piece, range(tokenizer.vocab_size))
+        for c in piece
+        if not c.isascii() and (unicodedata.normalize("NFKD", c) != c or unicodedata.category(c) in ("Mc", "Me"))
+    }
+    if apart:
+        warnings.warn(
+            f"transformers' AlbertTokenizer will not find the pieces that have {' '.join(sorted(apart)[:10])}: its "
+            "clean-up takes such characters apart. Texts in this script want keep_accents=True (--keep-accents)",
+            stacklevel=3,
+        )
 
 
 def _checked_text(name: str, text: Any) -> str:

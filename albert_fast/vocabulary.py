@@ -46,7 +46,7 @@ def train(texts: Iterable[str], *, vocab_size: int, **options: Any) -> bytes:
         the content of a .model file.
 
     Raises:
-        TokenizerError: there is too little text for so many pieces.
+        TokenizerError: there is too little text for so many pieces, or too few pieces for its characters.
     """
 
     def lines() -> Iterator[str]:
@@ -59,9 +59,14 @@ def train(texts: Iterable[str], *, vocab_size: int, **options: Any) -> bytes:
             sentence_iterator=lines(), model_writer=model, vocab_size=vocab_size, **{**ALBERT_OPTIONS, **options}
         )
     except (RuntimeError, OSError) as error:
+        said = str(error)
+        if "KeyboardInterrupt:" in said:  # while it asked for a line
+            raise KeyboardInterrupt from None
+        if "sentences_.empty()" in said:
+            raise TokenizerError("there is no text to train a vocabulary on: give some") from error
+        mend = "a larger vocab_size" if "smaller than required_chars" in said else "more text or a smaller vocab_size"
         raise TokenizerError(
-            f"no vocabulary of {vocab_size} pieces can be trained on this text: give more text or a smaller "
-            f"vocab_size. sentencepiece says: {error}"
+            f"no vocabulary of {vocab_size} pieces can be trained on this text: give {mend}. sentencepiece says: {said}"
         ) from error
     return model.getvalue()
 
@@ -98,7 +103,10 @@ def to_tokenizer_json(model: bytes, *, do_lower_case: bool, keep_accents: bool) 
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": quotes}, "content": '"'} for quotes in ("``", "''")
     ]
-    normalizers += [] if keep_accents else [{"type": "NFKD"}, {"type": "StripAccents"}]
+    if not keep_accents:
+        # StripAccents would take the vowel signs that stand apart (Mc), too, and sentencepiece puts syllables together.
+        accents = {"type": "Replace", "pattern": {"Regex": r"\p{Mn}"}, "content": ""}
+        normalizers += [{"type": "NFKD"}, accents, {"type": "NFC"}]
     normalizers += [{"type": "Lowercase"}] if do_lower_case else []
     charsmap = b"".join(value for number, value in _fields(_normalizer_spec(model)) if number == 2)
     if charsmap:

@@ -6,6 +6,7 @@ import pydoc_data.topics
 import random
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -345,3 +346,31 @@ def test_too_little_text_for_the_vocabulary(tmp_path):
     with pytest.raises(TokenizerError, match="30000"):
         train_vocabulary(["so little text"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+KOREAN, HINDI = "나는 학교에 갑니다 오늘 날씨가 좋습니다", "मैं आज स्कूल जा रहा हूँ मौसम अच्छा है"
+
+
+@pytest.mark.parametrize(
+    ("words", "keep_accents", "apart"),
+    [
+        (KOREAN, False, "갑"),
+        (HINDI, False, "ा"),
+        (KOREAN, True, None),
+        (HINDI, True, None),
+        ("der Café größer naïve", False, None),
+        ("が学校へ行きます", False, None),
+    ],
+)
+def test_characters_that_transformers_takes_apart(words, keep_accents, apart, tmp_path):
+    texts = [" ".join(random.choices(words.split(), k=8)) for _ in range(500)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer = train_vocabulary(texts, tmp_path, vocab_size=60, keep_accents=keep_accents, hard_vocab_limit=False)
+    told = [str(warning.message) for warning in caught if "keep_accents=True" in str(warning.message)]
+    assert len(told) == (apart is not None)
+    assert apart is None or apart in told[0]
+    # tokenizer.json has the clean-up as it is, and who reads that alone finds every piece.
+    peer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in texts[:20]:
+        assert peer.encode(text, add_special_tokens=False).tokens == tokenizer.tokenize(text)
