@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from albert_fast import AlbertConfig, AlbertForMaskedLM, cli
+from albert_fast import AlbertConfig, AlbertForMaskedLM, checkpoint, cli
 from albert_fast.backends import BACKENDS, OPERATIONS
 from albert_fast.checkpoint import read_state_dict
 
@@ -54,6 +54,15 @@ def test_mistakes_are_one_line_on_stderr(arguments, message, tmp_path, capsys, m
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "convert", stop)
+    assert cli.main(["convert", "in", "out"]) == 130
+    assert capsys.readouterr().err == "albert-fast: stopped by Ctrl-C\n"
 
 
 def test_help_and_version(capsys):

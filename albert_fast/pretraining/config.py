@@ -13,11 +13,12 @@ and values off the dataclasses below.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import difflib
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from albert_fast.config import AlbertConfig
+from albert_fast.config import _SIZES, AlbertConfig
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import RECOMPUTE
 from albert_fast.pretraining.initialization import INITIALIZATIONS
@@ -69,7 +70,8 @@ class ModelOptions:
         shape: base, large, xlarge, xxlarge, or a config.json.
         version: 1 (dropout 0.1) or 2 (none), of a named shape.
         overrides: fields of AlbertConfig, such as {num_hidden_layers: 4}.
-        start_from: a checkpoint directory to go on from in place of random weights; its config.json counts then.
+        start_from: a checkpoint directory to go on from in place of random weights; its config.json counts then, and
+            overrides may change dropout and the like.
         recompute: none, ffn or layer: what backward computes again in place of keeping it.
         initialization: of a new model: original (random), or neighbors: as the unigram model, and with heads that look
             at the words beside each, which would otherwise take millions of tokens to learn (initialization.py).
@@ -88,8 +90,12 @@ class ModelOptions:
         check(
             self.start_from is None or self.initialization == "original",
             f"model.initialization is {self.initialization!r} and model.start_from {self.start_from!r}, which has "
-            "weights: give one of them",
+            "weights: give model.initialization=original, or leave model.start_from out",
         )
+        known = [each.name for each in fields(AlbertConfig)]
+        for name in self.overrides:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            check(name in known, f"model.overrides has {name!r}, which AlbertConfig has not: the nearest is {near!r}")
         check(
             self.shape in SHAPES or Path(self.shape).is_file(),
             f"model.shape is {self.shape!r}; {', '.join(SHAPES)} or a config.json was expected",
@@ -98,6 +104,7 @@ class ModelOptions:
     def build(self, vocab_size: int) -> AlbertConfig:
         """The model's config, for a vocabulary of this size."""
         if self.start_from is not None:
+            self._check_overrides(AlbertConfig.from_pretrained(self.start_from))
             config = AlbertConfig.from_pretrained(self.start_from, **self.overrides)
         elif self.shape in SHAPES:
             config = getattr(AlbertConfig, self.shape)(self.version, vocab_size=vocab_size, **self.overrides)
@@ -109,6 +116,17 @@ class ModelOptions:
             "the store of the model's vocabulary",
         )
         return config
+
+    def _check_overrides(self, of_weights: AlbertConfig) -> None:
+        """What shapes the model is the checkpoint's: shared weights would fit another number of layers, too."""
+        for name in _SIZES:
+            found = getattr(of_weights, name)
+            value = self.overrides.get(name, found)
+            check(
+                value == found,
+                f"model.overrides has {name} {value} and model.start_from {found}: give model.overrides={{}}, or leave "
+                "model.start_from out",
+            )
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,16 @@ class PretrainConfig(RunOptions):
     @property
     def stages(self) -> LengthStages:
         return LengthStages(self.batch.stages or [(1.0, self.examples.length)])
+
+    def shape_of(self, vocab_size: int) -> AlbertConfig:
+        """The model's config, for a vocabulary of this size and the longest examples."""
+        shape, longest = self.model.build(vocab_size), max(length for _, length in self.stages.stages)
+        check(
+            longest <= shape.max_position_embeddings,
+            f"examples are of {longest} tokens and the model has {shape.max_position_embeddings} positions: lower "
+            "examples.length, or lengthen the model by `albert-fast extend`",
+        )
+        return shape
 
     def examples_of(self, length: int) -> ExampleOptions:
         return replace(self.examples, length=length)

@@ -106,6 +106,12 @@ def _check_same(request: dict[str, Any], names: list[str], new: State, directory
         raise CorpusError(f"{directory} was made with {differ[0]}: give another -o, or make it anew with --force")
 
 
+def fingerprint(tokenizer: AlbertTokenizer) -> dict[str, Any]:
+    """What a store's request says of the vocabulary that it was made with."""
+    options = {key: getattr(tokenizer, key) for key in ("do_lower_case", "keep_accents", "split_digit_comma")}
+    return {"vocab_sha256": hashlib.sha256(tokenizer._model).hexdigest(), **options}
+
+
 def build(
     texts: Sequence[str | os.PathLike[str]],
     tokenizer: AlbertTokenizer,
@@ -134,9 +140,7 @@ def build(
         raise CorpusError("there are no texts: name at least one")
     total = sum(source.size for source in sources)
     workers = workers or min(_cores(), 1 + total // BYTES_A_WORKER)
-    request = {k: v for k, v in asdict(options).items() if k != "skip_bad_lines"}
-    request |= {"vocab_sha256": hashlib.sha256(tokenizer._model).hexdigest()}
-    request |= {k: getattr(tokenizer, k) for k in ("do_lower_case", "keep_accents", "split_digit_comma")}
+    request = {k: v for k, v in asdict(options).items() if k != "skip_bad_lines"} | fingerprint(tokenizer)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CorpusError(f"-o is {directory}, which is a file; a directory was expected")
@@ -195,10 +199,14 @@ def _state(directory: Path, new: State, force: bool) -> State | None:
         found = meta.get("sources", [])
         _check_same(meta.get("request", {}), [entry["name"] for entry in found], new, directory)
         for entry, source in zip(found, new.sources, strict=True):
-            if entry["size"] != source.size:
+            now = "" if entry["size"] == source.size else f"it has {source.size}"
+            # Of as many bytes as before; older stores do not say when the text was written.
+            if not now and entry.get("mtime_ns", source.mtime_ns) != source.mtime_ns:
+                now = "" if entry["sha256"] == source.sha256() else "they are others"
+            if now:
                 raise CorpusError(
-                    f"{directory} was made of {source.name} when it had {entry['size']} bytes, now it has "
-                    f"{source.size}: make it anew with --force, or give another -o"
+                    f"{directory} was made of {source.name} when it had {entry['size']} bytes, now {now}: make it anew "
+                    "with --force, or give another -o"
                 )
         unfinished.unlink(missing_ok=True)
         return None

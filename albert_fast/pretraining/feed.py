@@ -8,6 +8,7 @@ from pathlib import Path
 
 from albert_fast.ops.checks import check
 from albert_fast.pretraining.config import DataOptions, PretrainConfig
+from albert_fast.pretraining.corpus import fingerprint
 from albert_fast.pretraining.examples import Batch, Batches, Examples
 from albert_fast.pretraining.glossary import Glossary, read_glossary
 from albert_fast.pretraining.masking import Vocabulary
@@ -29,6 +30,11 @@ class Corpus:
         store = TokenStore.open(data.train)
         vocab = Path(data.vocab or data.train)
         self.tokenizer = AlbertTokenizer(vocab) if vocab.is_file() else AlbertTokenizer.from_pretrained(vocab)
+        if data.vocab is None:
+            _check_vocabulary(f"data.train is {data.train!r}", store, self.tokenizer, "make it anew with --force")
+        else:
+            given = f"data.vocab is {data.vocab!r} and data.train {data.train!r}"
+            _check_vocabulary(given, store, self.tokenizer, "leave data.vocab out, or make the store anew with it")
         letters = {} if data.letters is None else {"letters": data.letters}
         self.vocabulary = Vocabulary.from_tokenizer(self.tokenizer, **letters)
         self.glossary: Glossary | None = None
@@ -44,6 +50,19 @@ class Corpus:
         self.held_out = store.part(cut, len(store)) if data.dev_documents else None
         if data.dev is not None:
             self.held_out = TokenStore.open(data.dev)
+            mend = f"make it anew with `albert-fast corpus --vocab {vocab}`"
+            _check_vocabulary(f"data.dev is {data.dev!r}", self.held_out, self.tokenizer, mend)
+
+
+def _check_vocabulary(given: str, store: TokenStore, tokenizer: AlbertTokenizer, mend: str) -> None:
+    """Another vocabulary of as many pieces fits the ids, too, but they are other words."""
+    request = store.meta.get("request", {})
+    now = fingerprint(tokenizer)
+    different = [key for key in now if key in request and request[key] != now[key]]
+    check(
+        not different,
+        f"{given}, which was made with another vocabulary than the run's ({', '.join(different)} differs): {mend}",
+    )
 
 
 class Feed:
@@ -62,7 +81,9 @@ class Feed:
         self.corpus, self.config, self.rank, self.ranks = corpus, config, rank, ranks
         self.lengths: LengthStages = config.stages
         self.epoch = self.row = self.tokens = 0
-        self._enter(0)
+        for stage in reversed(range(len(self.lengths.stages))):  # what a later one lacks shows now
+            self._enter(stage)
+            self._check_rows(config.batch.size)
         self._rest: Iterator[Batch] | None = None  # of the epoch, from `row` on
         self._micro = 0  # rows of the micro-batches in it, of all ranks
 
@@ -79,12 +100,11 @@ class Feed:
         """
         stage = self.lengths.index(progress)
         if stage != self.stage:
-            self._enter(stage)
             self._next_epoch()
+            self._enter(stage)
         if self.row + rows > self.examples.size(self.epoch):
             self._next_epoch()
-            size = self.examples.size(self.epoch)
-            check(size >= rows, f"batch.size is {rows} and an epoch has {size} examples: lower it, or give more text")
+            self._check_rows(rows)
         if self._rest is None or self._micro != micro * self.ranks:
             self._micro = micro * self.ranks
             batches = Batches(self.examples, self.epoch, self._micro, rank=self.rank, ranks=self.ranks, first=self.row)
@@ -118,10 +138,23 @@ class Feed:
 
     def _enter(self, stage: int) -> None:
         self.stage = stage
-        train, held_out = self.corpus.train, self.corpus.held_out
-        self.examples = self._examples(train, self.config.seed)
-        self.held_out = None if held_out is None else self._examples(held_out, HELD_OUT_SEED)
+        corpus, data = self.corpus, self.config.data
+        self.examples = self._examples(f"data.train is {data.train!r}", corpus.train, self.config.seed, self.epoch)
+        self.held_out = None
+        if corpus.held_out is not None:
+            cut = f"data.dev_documents is {data.dev_documents}, hold out more"
+            given = cut if data.dev is None else f"data.dev is {data.dev!r}"
+            self.held_out = self._examples(given, corpus.held_out, HELD_OUT_SEED, 0)
 
-    def _examples(self, store: TokenStore, seed: int) -> Examples:
-        options = self.config.examples_of(self.length)
-        return Examples(store, self.corpus.vocabulary, options, seed=seed, glossary=self.corpus.glossary)
+    def _check_rows(self, rows: int) -> None:
+        size = self.examples.size(self.epoch)
+        check(size >= rows, f"batch.size is {rows} and an epoch has {size} examples: lower it, or give more text")
+
+    def _examples(self, given: str, store: TokenStore, seed: int, epoch: int) -> Examples:
+        options, corpus = self.config.examples_of(self.length), self.corpus
+        try:
+            examples = Examples(store, corpus.vocabulary, options, seed=seed, glossary=corpus.glossary)
+            examples.size(epoch)  # raises where there is none
+        except ValueError as error:
+            raise ValueError(f"{given}: {error}") from None
+        return examples

@@ -20,7 +20,7 @@ from albert_fast.training.parallel import World
 def make_learner(config: PretrainConfig, corpus: Corpus, world: World) -> Learner:
     """A new model, or the one to start from, with its optimizer, on the world's device."""
     options, second_task = config.model, config.examples.has_second_task
-    shape = options.build(corpus.train.vocab_size)
+    shape = config.shape_of(corpus.train.vocab_size)
     unigram = unigram_losses(corpus.train)
     model: AlbertForPreTraining | AlbertForMaskedLM
     if options.start_from is None:

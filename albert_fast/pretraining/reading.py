@@ -80,6 +80,10 @@ class Source(NamedTuple):
             raise CorpusError(f"{name} is .json: write one record a line and name it .jsonl")
         return cls(name, found.st_size, found.st_mtime_ns)
 
+    def sha256(self) -> str:
+        with open(self.name, "rb") as file:
+            return _sha256_of(file)
+
 
 def kind_of(name: str) -> str:
     """The ending that says how to read it, .gz apart; what is not known is read as plain text."""
@@ -156,7 +160,7 @@ class Reader:
                 yield Part(documents, same_width, number, self._read)
                 documents, size, number = [[]], 0, number + 1
         self._check_unchanged()
-        found = {"name": self.source.name, "size": self.source.size, "sha256": self._sha256, "skipped": self.skipped}
+        found = {**self.source._asdict(), "sha256": self._sha256, "skipped": self.skipped}
         # The file's end ends the document.
         yield Part([*documents, []], same_width, number, self.source.size, found)
 
@@ -280,8 +284,7 @@ class Reader:
                         if self._is_text(text, "row"):
                             yield from text.split("\n")
                             yield None
-            with open(name, "rb") as file:
-                self._sha256 = _sha256_of(file)
+            self._sha256 = self.source.sha256()
         except (arrow.ArrowException, OSError) as error:
             what = f"it is no parquet file, or damaged ({str(error).splitlines()[0]})"
             raise CorpusError(f"{name}, row {self._line + 1}: {what}; fetch it anew") from error

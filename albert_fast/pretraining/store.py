@@ -7,7 +7,7 @@ A directory with
     sentence_offsets.bin  int64 [sentences + 1]: where sentences begin in the tokens, and where the last one ends
     document_offsets.bin  int64 [documents + 1]: where documents begin in the sentences, and where the last one ends
     meta.json             counts, dtype, vocab_size, and what the writer adds: of `albert-fast corpus`, its sources with
-                          their sizes and sha256, its options, and the vocabulary's sha256
+                          their sizes, times and sha256, its options, and the vocabulary's sha256
 
 and the vocabulary's own files, where it was made by that command. meta.json is written last: a directory without it is
 no store. Masks, pairs and packing are made from it anew in each epoch, so nothing of them is stored.

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from albert_fast.flops import flops
-from albert_fast.ops.checks import check
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.evaluation import evaluate
 from albert_fast.pretraining.examples import Batch
@@ -28,17 +27,10 @@ class Trainer(Loop):
     def __init__(self, config: PretrainConfig, world: World) -> None:
         config.check_complete()
         corpus = Corpus(config.data)
+        self.shape = config.shape_of(corpus.train.vocab_size)
         feed = Feed(corpus, config, rank=world.data_rank, ranks=world.data_ranks)
-        shape = config.model.build(corpus.train.vocab_size)
-        longest, most = max(length for _, length in feed.lengths.stages), shape.max_position_embeddings
-        check(
-            longest <= most,
-            f"examples are of {longest} tokens and the model has {most} positions: lower examples.length, or lengthen "
-            "the model by `albert-fast extend`",
-        )
         evaluate_every = None if feed.held_out is None else config.evaluate.every
         super().__init__(config, world, feed, make_learner(config, corpus, world), evaluate_every)
-        self.shape = shape
         self.watch = Watch(collapse=config.health.collapse, smoothing=config.health.smoothing)
 
     def flops(self, batch: Batch) -> int:

@@ -40,7 +40,7 @@ def train(
 
     Raises:
         CorpusError: a text is damaged, the directory is not empty, or `sampled` is less than 101.
-        TokenizerError: there is too little text.
+        TokenizerError: there is too little text, or `size` is too small for its characters.
     """
     if sampled < FEWEST_SAMPLED:
         raise CorpusError(f"--sentences-sampled is {sampled}; at least {FEWEST_SAMPLED} was expected")
@@ -81,7 +81,7 @@ def train(
                 input_sentence_size=sampled,
                 max_sentence_length=4 * LONGEST,  # in bytes; sentencepiece drops what is longer than 4192
             )
-    except TokenizerError:
+    except TokenizerError as error:
         if failure is not None:
             raise failure from None
-        raise
+        raise TokenizerError(str(error).replace(" vocab_size", " --size")) from error.__cause__

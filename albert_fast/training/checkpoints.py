@@ -140,6 +140,11 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor], world: World) -> 
     try:
         shapes = dcp.FileSystemReader(checkpoint / TENSORS).read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
+            check(
+                name in shapes or not name.startswith("average/"),
+                f"optimizer.ema is given and {checkpoint} has no moving average: give optimizer.ema=null, as the run "
+                "had it, or choose another output",
+            )
             found = list(getattr(shapes.get(name), "size", ()))
             check(
                 found == list(tensor.shape) and name in shapes,

@@ -30,6 +30,10 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
     check(value in known, f"{name} is {value!r}; one of {', '.join(known)} was expected")
 
 
+def share(name: str, value: float | None) -> None:
+    check(value is None or 0 <= value <= 1, f"{name} is {value}; a share from 0 to 1 was expected")
+
+
 def at_least(name: str, value: float | None, least: float) -> None:
     check(value is None or value >= least, f"{name} is {value}; at least {least} was expected")
 
@@ -53,6 +57,8 @@ class BatchOptions:
     def __post_init__(self) -> None:
         at_least("batch.size", self.size, 1)
         at_least("batch.micro", self.micro, 1)
+        at_least("batch.start", self.start, 1)
+        share("batch.ramp", self.ramp)
 
     def ramped(self, ranks: int) -> BatchRamp:
         """Rows of a step as a function of the progress, in whole micro-batches of all ranks."""
@@ -60,8 +66,19 @@ class BatchOptions:
             self.size % ranks == 0,
             f"batch.size is {self.size}; a multiple of the {ranks} ranks was expected, each has as many rows",
         )
-        micro = min(self.micro or self.size // ranks, self.size // ranks)
-        return BatchRamp(self.start or self.size, self.size, self.ramp, multiple=micro * ranks)
+        of_rank, start = self.size // ranks, self.start or self.size
+        micro = min(self.micro or of_rank, of_rank)
+        check(
+            of_rank % micro == 0,
+            f"batch.micro is {micro} and each rank has {of_rank} rows of batch.size {self.size}; a number that divides "
+            "them was expected",
+        )
+        check(
+            start <= self.size and start % (micro * ranks) == 0,
+            f"batch.start is {start}; a multiple of {micro * ranks}, the rows of all ranks' micro-batches, and at most "
+            f"batch.size {self.size} was expected",
+        )
+        return BatchRamp(start, self.size, self.ramp, multiple=micro * ranks)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,11 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, OPTIMIZERS)
+        for name in ("learning_rate", "eps", "weight_decay"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        check(
+            all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas is {self.betas}; two in [0, 1) were expected"
+        )
         check(
             self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; a norm above 0 was expected, or null"
         )
@@ -120,11 +142,32 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         one_of("schedule.shape", self.shape, SCHEDULES)
+        one_of("schedule.decay_shape", self.decay_shape, ("linear", "sqrt"))
+        share("schedule.floor", self.floor)
+        check(0 <= self.warmup < 1, f"schedule.warmup is {self.warmup}; a share of the run in [0, 1) was expected")
+        check(0 < self.decay <= 1, f"schedule.decay is {self.decay}; a share of the run in (0, 1] was expected")
+        check(
+            self.warmup + self.decay <= 1 or self.shape != "stable_decay",
+            f"schedule.warmup is {self.warmup} and schedule.decay {self.decay}; together at most 1, the whole run, was "
+            "expected",
+        )
+        check(
+            self.floor != 0 or self.shape != "exponential",
+            "schedule.floor is 0, which an exponential never reaches: give one above 0, such as 0.01",
+        )
+        check(self.power > 0, f"schedule.power is {self.power}; a number above 0 was expected")
         if self.steps is not None or self.seconds is not None:
             self.budget()
         self.rate()
 
     def budget(self) -> Budget:
+        check(
+            (self.steps is None) != (self.seconds is None),
+            f"schedule.steps is {self.steps} and schedule.seconds is {self.seconds}; exactly one of them was expected, "
+            "and null for the other",
+        )
+        at_least("schedule.steps", self.steps, 1)
+        check(self.seconds is None or self.seconds > 0, f"schedule.seconds is {self.seconds}; more than 0 was expected")
         return Budget(steps=self.steps, seconds=self.seconds)
 
     def rate(self) -> Schedule:
@@ -176,6 +219,7 @@ class SaveOptions:
 
     def __post_init__(self) -> None:
         at_least("save.every", self.every, 1)
+        at_least("save.seconds", self.seconds, 0)
         at_least("save.keep", self.keep, 1)
 
 

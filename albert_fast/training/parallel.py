@@ -131,7 +131,11 @@ def start(device: str | None = None, tensor_ranks: int = 1) -> World:
     Raises:
         ValueError: an argument does not fit the machine or the number of processes.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; cpu, cuda or one GPU such as cuda:1 was expected") from None
     joined = distributed.is_available() and distributed.is_initialized()
     size = distributed.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     check(
@@ -140,6 +144,7 @@ def start(device: str | None = None, tensor_ranks: int = 1) -> World:
         "--nproc-per-node sets that",
     )
     if size == 1:
+        _check_found(chosen)
         return World(0, 1, 0, 1, 1, chosen, None)
     if chosen.type == "cuda":
         chosen = _own_gpu(chosen)
@@ -157,6 +162,15 @@ def start(device: str | None = None, tensor_ranks: int = 1) -> World:
         device=chosen,
         mesh=mesh,
         owns_group=not joined,
+    )
+
+
+def _check_found(chosen: torch.device) -> None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = " or ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    check(
+        chosen.type != "cuda" or (chosen.index or 0) < gpus,
+        f"device is {chosen} and PyTorch finds {gpus} GPUs here: give {there}",
     )
 
 

@@ -94,7 +94,23 @@ def test_what_is_written_is_read(tmp_path):
         ("optimizer.clip=0", "optimizer.clip is 0"),
         ("optimizer.ema=1", "optimizer.ema is 1"),
         ("health.action=hope", "health.action is 'hope'; one of rollback, stop"),
+        (
+            "model.overrides={num_hidden_layer: 3}",
+            "has 'num_hidden_layer', which AlbertConfig has not: the nearest is ",
+        ),
         ("save.keep=0", "save.keep is 0"),
+        ("save.seconds=-1", "save.seconds is -1"),
+        ("batch.start=0", "batch.start is 0"),
+        ("batch.ramp=2", "batch.ramp is 2"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas is (0.9, 1.0)"),
+        ("schedule.warmup=-1", "schedule.warmup is -1"),
+        ("schedule.warmup=0.8", "schedule.warmup is 0.8 and schedule.decay 0.3; together at most 1"),
+        ("schedule.decay=0", "schedule.decay is 0"),
+        ("schedule.floor=2", "schedule.floor is 2"),
+        ("schedule.power=0", "schedule.power is 0"),
+        ("schedule.seconds=-1", "schedule.seconds is -1"),
+        ("schedule.steps=5", "schedule.steps is 5 and schedule.seconds is 120.0; exactly one of them"),
         ("log.every=0", "log.every is 0"),
     ],
 )
@@ -110,9 +126,13 @@ def test_both_kinds_of_held_out_text():
         parse("tiny", ["data.dev=x", "data.dev_documents=3"])
 
 
+def test_an_exponential_ends_above_nothing():
+    with pytest.raises(ValueError, match=r"schedule\.floor is 0, which an exponential never reaches"):
+        parse("tiny", ["schedule.shape=exponential", "schedule.floor=0"])
+    assert parse("tiny", ["schedule.shape=exponential"]).schedule.rate()(1.0) == 0.01
+
+
 def test_steps_and_seconds():
-    with pytest.raises(ValueError, match="exactly one"):
-        parse("tiny", ["schedule.steps=5"])  # beside the preset's seconds
     assert parse("tiny", ["schedule.steps=5", "schedule.seconds=null"]).schedule.budget().steps == 5
 
 
@@ -135,8 +155,11 @@ def test_micro_batches_of_all_ranks():
     assert RowOptions(size=64, micro=100).ramped(2).multiple == 64
     with pytest.raises(ValueError, match="a multiple of the 3 ranks"):
         RowOptions(size=64).ramped(3)
-    with pytest.raises(ValueError, match="48 \\(multiple\\) divides"):
+    with pytest.raises(ValueError, match=r"batch\.micro is 24 and each rank has 32 rows of batch\.size 64"):
         RowOptions(size=64, micro=24).ramped(2)
+    for start in (24, 80):
+        with pytest.raises(ValueError, match=rf"batch\.start is {start}; a multiple of 16, .* at most batch\.size 64"):
+            RowOptions(size=64, micro=8, start=start).ramped(2)
 
 
 @pytest.mark.parametrize("shape", SCHEDULES)
@@ -157,6 +180,12 @@ def test_a_model_to_go_on_from(tmp_path):
     assert options.build(500).hidden_dropout_prob == 0.1
     with pytest.raises(ValueError, match="vocab_size is 500 and the store's vocabulary has 600"):
         options.build(600)
+    preset = parse("tiny", [*NEEDED, f"model.start_from={tmp_path}", "model.initialization=original"]).model
+    with pytest.raises(ValueError, match=r"model\.overrides has embedding_size 64 and model\.start_from 128: give "):
+        preset.build(500)
+    for overrides in ("{}", "{num_hidden_layers: 12, hidden_dropout_prob: 0.1}"):
+        given = [f"model.start_from={tmp_path}", "model.initialization=original", f"model.overrides={overrides}"]
+        assert parse("tiny", [*NEEDED, *given]).model.build(500).num_hidden_layers == 12
     file = ModelOptions(shape=str(tmp_path / "config.json"))
     assert file.build(600) == dataclasses.replace(AlbertConfig.base(), vocab_size=600)
 

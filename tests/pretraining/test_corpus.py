@@ -198,12 +198,13 @@ def test_workers_do_not_show(tokenizer, tmp_path, monkeypatch):
     for text in texts:
         text.write_text(as_plain(random_documents(60)))
     build(texts, tokenizer, tmp_path / "one", workers=1)
-    good = texts[2].read_bytes()
+    good, before = texts[2].read_bytes(), texts[2].stat()
     texts[2].write_bytes(b"\xff\n")
     with pytest.raises(CorpusError, match=r"2\.txt, line 1: .*is kept"):
         build(texts, tokenizer, tmp_path / "two", workers=2)
     assert corpus.State.load(tmp_path / "two").source == 2
     texts[2].write_bytes(good)
+    os.utime(texts[2], ns=(before.st_atime_ns, before.st_mtime_ns))
     build(texts, tokenizer, tmp_path / "two", workers=1)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
@@ -323,6 +324,20 @@ def test_ctrl_c(vocabulary, tmp_path, monkeypatch, capsys):
     assert "going on after 0 of 1 texts" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_a_vocabulary_is_made(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("A word.\n" * 10)
+    parts = reading.Reader.parts
+
+    def stopped(self):
+        yield from parts(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reading.Reader, "parts", stopped)
+    assert cli.main(["vocab", str(tmp_path / "a.txt"), "-o", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "albert-fast: stopped by Ctrl-C\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_worker_that_is_killed(tokenizer, tmp_path, monkeypatch):
     class Broken(ThreadPoolExecutor):
         def __init__(self, *arguments, **options):
@@ -402,6 +417,22 @@ def test_changed_texts(tokenizer, tmp_path):
     texts[2].write_text("Another one.")
     store = build(texts, tokenizer, tmp_path / "store")
     assert contents(store) == ids(tokenizer, [*documents[0], *documents[1], ["Another one."]])
+
+
+def test_a_text_that_changes_when_all_is_done(tokenizer, tmp_path):
+    text, store = tmp_path / "a.txt", tmp_path / "store"
+    for name, change in (("Another size.", "it has 13"), ("A word!", "they are others")):
+        text.write_text("A word.")
+        build([text], tokenizer, store, force=True)
+        os.utime(text, (1, 1))  # a copy of it, say
+        build([text], tokenizer, store)
+        text.write_text(name)
+        with pytest.raises(CorpusError, match=f"was made of .*a.txt when it had 7 bytes, now {change}: make it anew"):
+            build([text], tokenizer, store)
+    meta = json.loads((store / "meta.json").read_text())
+    del meta["sources"][0]["mtime_ns"]  # as older ones are
+    (store / "meta.json").write_text(json.dumps(meta))
+    build([text], tokenizer, store)
 
 
 def test_a_text_that_changes_while_it_is_read(tokenizer, tmp_path, monkeypatch):
@@ -520,7 +551,12 @@ def test_damaged_gzip(damage, message, tokenizer, tmp_path):
         (["vocab", "a.txt", "-o", "out", "--size", "many"], "--size is 'many'"),
         (["vocab", "a.txt", "-o", "out", "--sentences-sampled", "99"], "--sentences-sampled is 99; at least 101"),
         (["vocab", "a.txt", "-o", "{v}"], "is there already"),
-        (["vocab", "a.txt", "-o", "out"], "no vocabulary of 30000 pieces"),
+        (
+            ["vocab", "a.txt", "-o", "out"],
+            "30000 pieces can be trained on this text: give more text or a smaller --size",
+        ),
+        (["vocab", "a.txt", "-o", "out", "--size", "7"], "7 pieces can be trained on this text: give a larger --size"),
+        (["vocab", "empty.txt", "-o", "out"], "there is no text to train a vocabulary on: give some"),
         (["vocab", "a.txt", "bad.txt", "-o", "out"], "bad.txt, line 1: byte 0 is not UTF-8"),
     ],
 )
@@ -529,6 +565,7 @@ def test_mistakes_are_one_line_on_stderr(arguments, message, vocabulary, tmp_pat
     (tmp_path / "a.txt").write_text("A word.\n" * 10)
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").touch()
     assert cli.main([argument.format(v=vocabulary, d=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

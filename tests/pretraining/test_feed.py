@@ -1,9 +1,13 @@
 """Where a run is in its text: each row once an epoch, whatever the number of ranks, from wherever it goes on."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from albert_fast.pretraining.feed import Corpus, Feed
+from albert_fast.pretraining.store import META, TokenStore
 
 
 def rows_of(batches) -> list[tuple[int, ...]]:
@@ -115,3 +119,55 @@ def test_a_batch_that_outgrows_an_epoch(make_config):
     too_many = feed.examples.size(0) // 8 * 8 + 16
     with pytest.raises(ValueError, match=f"is {too_many} and an epoch has"):
         feed.take(0.0, too_many, 8)
+
+
+def write_store(directory, like, documents) -> str:
+    """A store of documents of sentences of ids, with the vocabulary of another."""
+    shutil.copytree(like, directory)
+    made = TokenStore.from_documents(documents, 100)
+    for name in ("tokens", "sentence_offsets", "document_offsets"):
+        getattr(made, name).tofile(directory / f"{name}.bin")
+    counts = {"tokens": len(made.tokens), "sentences": len(made.sentence_offsets) - 1, "documents": len(made)}
+    (directory / META).write_text(json.dumps({**json.loads((like / META).read_text()), **counts}))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("documents", "given", "message"),
+    [
+        ([1] * 20, ["data.train={}"], r"data\.train is '.*': the store gives no example"),
+        ([1] * 20, ["data.dev={}", "data.dev_documents=0"], r"data\.dev is '.*': the store gives no example"),
+        ([2] * 20 + [1] * 8, ["data.train={}"], r"data\.dev_documents is 8, hold out more: the store gives no example"),
+        ([2] * 20, ["data.train={}", "batch.size=13"], r"batch\.size is 13 and an epoch has 12 examples"),
+        (
+            [400] * 9,
+            ["data.train={}", "batch.stages=[[0.9, 8], [0.1, 48]]", "batch.size=100"],
+            r"batch\.size is 100 and an epoch has \d\d examples",
+        ),
+    ],
+    ids=["train", "dev", "held out", "batch", "last stage"],
+)
+def test_too_little_text_shows_before_the_run(documents, given, message, make_config, store_directory, tmp_path):
+    """Documents of so many sentences."""
+    store = write_store(tmp_path / "store", store_directory, [[[7, 8, 9]] * sentences for sentences in documents])
+    with pytest.raises(ValueError, match=message):
+        feeds(make_config(*[key.format(store) for key in given]), 1)
+
+
+@pytest.mark.parametrize("key", ["vocab_sha256", "do_lower_case"])
+def test_a_store_of_another_vocabulary(key, make_config, store_directory, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(store_directory, other)
+    meta = json.loads((other / META).read_text())
+    meta["request"][key] = False
+    (other / META).write_text(json.dumps(meta))
+    for given, name in (
+        ([f"data.dev={other}", "data.dev_documents=0"], "data.dev is"),
+        ([f"data.train={other}"], "data.train is"),
+        ([f"data.train={other}", f"data.vocab={store_directory}"], "data.vocab is"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} .* another vocabulary than the run's \({key} differs\)"):
+            Corpus(make_config(*given).data)
+    del meta["request"]  # made by a program, not by `albert-fast corpus`
+    (other / META).write_text(json.dumps(meta))
+    assert len(Corpus(make_config(f"data.train={other}").data).train) == 72

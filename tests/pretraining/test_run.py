@@ -49,6 +49,23 @@ def test_finding_a_batch_size(arguments, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_finding_a_batch_size_for_examples_that_are_too_long(arguments, capsys):
+    assert cli.main([*arguments, "examples.length=65", "--find-batch-size"]) == 2
+    assert "examples are of 65 tokens and the model has 64 positions" in capsys.readouterr().err
+
+
+def test_overrides_after_an_option(arguments, capsys):
+    command, config, *overrides = arguments
+    assert cli.main([command, config, "--find-batch-size", *overrides, "examples.length=65"]) == 2
+    assert "examples are of 65 tokens" in capsys.readouterr().err
+    assert cli.main([command, config, *overrides, "--find-batch-size", "examples.length=65"]) == 2
+    assert "examples are of 65 tokens" in capsys.readouterr().err
+    for word in ("--batch.size=4", "--what", "batch.size"):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--find-batch-size", word])
+        assert f"unrecognized arguments: {word}" in capsys.readouterr().err
+
+
 def test_full_rows():
     batch = run.full_rows(3, 16, 0.5, 40, second_task=True)
     assert batch.cu_seqlens.tolist() == [0, 16, 32, 48]

@@ -451,6 +451,12 @@ def test_another_model_in_the_directory(make_config):
         train(other)
 
 
+def test_an_average_that_the_run_did_not_have(make_config):
+    train(make_config("schedule.steps=1"))
+    with pytest.raises(ValueError, match=r"optimizer\.ema is given and .*step-00000001 has no moving average: give "):
+        train(make_config("schedule.steps=2", "optimizer.ema=0.9"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -465,3 +471,4 @@ def test_what_does_not_fit(make_config, override, message):
     config = make_config(override)
     with pytest.raises(ValueError, match=message):
         train(config)
+    assert not Path(config.output).exists()

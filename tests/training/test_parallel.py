@@ -372,6 +372,10 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(parallel.named_parameters(one)) == [name for name, _ in one.model.named_parameters()]
     with pytest.raises(ValueError, match="tensor_ranks is 2; a divisor of the number of processes, 1"):
         parallel.start("cpu", 2)
+    with pytest.raises(ValueError, match="device is 'foo'; cpu, cuda or one GPU"):
+        parallel.start("foo")
+    with pytest.raises(ValueError, match=r"device is cuda:99 and PyTorch finds \d+ GPUs here: give "):
+        parallel.start("cuda:99")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="device is cuda:1, one GPU for several processes"):
         parallel.start("cuda:1")
