@@ -92,7 +92,8 @@ _PRETRAINING_SHAPES = (Shape(8, 128), Shape(8, 128, ragged=True))
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Adds the options; what they hold is checked by `options_from`, which the command line reports in one line."""
     _add_work(parser, several=True)
-    _add(parser, "--compare", f"who takes part: {', '.join(PEERS)} (default: %(default)s)", metavar="LIST")
+    who = f"who takes part: {', '.join(PEERS)} or an installed peer (default: %(default)s, and who is installed)"
+    _add(parser, "--compare", who, metavar="LIST")
     _add(parser, "--repeats", "timed calls of each row (default: 3 on a CPU, 20 on a GPU)", metavar="N")
     parser.add_argument(
         "--pretrain",
@@ -104,8 +105,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="of --suite fewer and smaller cases: minutes in all")
     only = "of --suite the cases that have this in their name, such as attention-training"
     _add(parser, "--only", only, metavar="TEXT")
-    peer = "a Python file with one class of Peer, which takes part, too"
-    _add(parser, "--peer", peer, nargs="+", metavar="FILE", default=[])
+    peer = "a Python file with one class of Peer, or an installed peer's name: it takes part, too"
+    _add(parser, "--peer", peer, nargs="+", metavar="FILE_OR_NAME", default=[])
     parser.set_defaults(compare=_joined(DEFAULTS.compare))
 
 
@@ -166,21 +167,24 @@ def options_from(args: argparse.Namespace) -> Options:
     """Raises ValueError for the first option that cannot be right; the message names it and what was expected."""
     if args.model is not None and args.config != DEFAULTS.config:
         raise ValueError("--model and --config: at most one of them was expected, a checkpoint brings its config")
-    files = [(option, file) for option, given in (("--text", args.text), ("--peer", args.peer)) for file in given]
-    for name, path in [("--model", args.model), ("--vocab", args.vocab), *files]:
+    for name, path in [("--model", args.model), ("--vocab", args.vocab), *(("--text", file) for file in args.text)]:
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name} is {path!r}, which does not exist")
     if args.config not in CONFIGS and not Path(args.config).is_file():
         raise ValueError(f"--config is {args.config!r}; {', '.join(CONFIGS)} or a config.json was expected")
-    _check_target("--json", args.json)
+    check_target("--json", args.json)
     device, dtypes = _names("--device", args.device, DEVICES)[0], _names("--dtype", args.dtype, DTYPES)
     if device != "cpu" and "int8" in dtypes:
         raise ValueError(f"--dtype has 'int8' and --device is {device!r}; int8 runs on the CPU alone")
+    modes = _names("--mode", args.mode, MODES)
+    if modes == ("training",) and "int8" in dtypes:
+        raise ValueError("--dtype has 'int8' and --mode is 'training'; int8 is for inference")
     options = Options(
         shapes=_list("--shapes", args.shapes, _shape),
-        modes=_names("--mode", args.mode, MODES),
+        modes=modes,
         dtypes=dtypes,
-        compare=_names("--compare", args.compare, PEERS),
+        # Who is installed, or of --peer, is known where peers are.
+        compare=_list("--compare", args.compare, lambda name, item: item),
         device=device,
         threads=_count("--threads", args.threads),
         repeats=_count("--repeats", args.repeats),
@@ -219,15 +223,14 @@ def profile_options_from(args: argparse.Namespace) -> ProfileOptions:
     for name, given in (("--shapes", work.shapes), ("--mode", work.modes), ("--dtype", work.dtypes)):
         if len(given) > 1:
             raise ValueError(f"{name} is {_joined(given)!r}; one was expected, a profile is of one thing")
-    if (work.modes, work.dtypes) == (("training",), ("int8",)):
-        raise ValueError("--dtype is 'int8' and --mode 'training'; int8 is for inference")
-    _check_target("-o", args.output)
+    check_target("-o", args.output)
     steps = _count("--steps", args.steps)
     assert steps is not None
     return ProfileOptions(work, args.output, steps, args.backend)
 
 
-def _check_target(name: str, file: str | None) -> None:
+def check_target(name: str, file: str | None) -> None:
+    """A file that is to be written can be there; what cannot be right is found before the work is done."""
     if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
         raise ValueError(f"{name} is {file!r}; a file in a directory that exists was expected")
 
@@ -237,6 +240,7 @@ def _of_pretraining(options: Options) -> Options:
         ("--mode", options.modes, DEFAULTS.modes),
         ("--dtype", options.dtypes, DEFAULTS.dtypes),
         ("--compare", options.compare, DEFAULTS.compare),
+        ("--peer", options.peers, DEFAULTS.peers),
     ):
         if given != default:
             raise ValueError(

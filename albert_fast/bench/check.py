@@ -17,7 +17,6 @@ each time is a regression.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -25,22 +24,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import albert_fast
 from albert_fast import AlbertConfig, backends, native
-from albert_fast.bench.arguments import MODES, Shape
+from albert_fast.bench.arguments import MODES, Shape, check_target
 from albert_fast.bench.case import Case, examine
 from albert_fast.bench.checkout import commit_of
+from albert_fast.bench.console import make_console, show_findings
 from albert_fast.bench.suites.model import ModelCase, Subject
 from albert_fast.bench.suites.ops import OPERATIONS, operation_case
 from albert_fast.bench.suites.setting import Setting, lengths_of, random_batch
 from albert_fast.bench.work import Row
 from albert_fast.bench.worker import CPU, Contender, with_threads
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # How much slower, relative to the reference, is a regression.
 BAND = 0.12
@@ -227,14 +228,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases that have this in their name")
     parser.add_argument("--expected", default=EXPECTED, metavar="FILE", help="the ratios (default: %(default)s)")
     args = parser.parse_args(arguments)
-    console, file = Console(), Path(args.expected)
+    file = Path(args.expected)
     try:
+        console = make_console()
+        if args.write:
+            check_target("--expected", args.expected)
         kind = kind_of_machine()
-        known = json.loads(file.read_text()) if file.is_file() else {}
+        known = _read(file)
         chosen = [case for case in cases() if args.only in case.name]
         if not chosen:
             raise ValueError(f"--only is {args.only!r}, and no case has that in its name")
-        console.print(f"{kind}; ratios: time of albert_fast over that of PyTorch's reference", highlight=False)
+        console.print(f"{kind}; ratios: time of albert_fast over that of PyTorch's reference")
         if args.write:
             return _write(file, known, kind, chosen, console)
         if kind not in known:
@@ -244,13 +248,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"has:{kinds}\n`make bench-check ARGS=--write`, with nothing else running, writes them: commit the file"
             )
         return _compare(known[kind], chosen, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"make bench-check: {error}", file=sys.stderr)
         return 2
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """What is known of each kind of machine; nothing where there is no file."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:  # of the JSON, or of UTF-8
+        raise ValueError(f"--expected is {str(file)!r}, which is damaged ({error}); JSON was expected") from None
+    if not isinstance(known, dict) or not all(isinstance(of, dict) and "ratios" in of for of in known.values()):
+        raise ValueError(f"--expected is {str(file)!r}, which has no ratios; what --write writes was expected")
+    return known
+
+
 def _write(file: Path, known: dict[str, Any], kind: str, chosen: Sequence[Case], console: Console) -> int:
-    with _progress(console, ATTEMPTS * len(chosen)) as say:
+    with show_findings(console, ATTEMPTS * len(chosen)) as say:
         ratios = measure(chosen, say=lambda finding: say(_line(finding)))
     old = known.get(kind, {}).get("ratios", {})
     known[kind] = {
@@ -260,21 +275,21 @@ def _write(file: Path, known: dict[str, Any], kind: str, chosen: Sequence[Case],
         "ratios": {name: round(ratio, 4) for name, ratio in {**old, **ratios}.items()},
     }
     file.write_text(json.dumps(known, indent=1) + "\n")
-    console.print(f"wrote {file}", highlight=False)
+    console.print(f"wrote {file}")
     return 0
 
 
 def _compare(known: dict[str, Any], chosen: Sequence[Case], console: Console) -> int:
-    with _progress(console, len(chosen)) as say:
+    with show_findings(console, len(chosen)) as say:
         findings = check(chosen, known["ratios"], say=lambda finding: say(_line(finding)))
     failed = [finding for finding in findings if finding.failed]
     missing = [finding.case for finding in findings if finding.expected is None]
     if missing:
         console.print(f"not committed, so not compared: {', '.join(missing)}; ARGS=--write adds them")
     if known.get("torch") != torch.__version__:
-        console.print(f"the ratios are of torch {known.get('torch')}, this is {torch.__version__}", highlight=False)
+        console.print(f"the ratios are of torch {known.get('torch')}, this is {torch.__version__}")
     verdict = f"{len(failed)} of {len(findings)} cases failed" if failed else f"{len(findings)} cases, none slower"
-    console.print(f"{verdict} (band: {BAND:.0%} of the ratios of {known['date']})", highlight=False)
+    console.print(f"{verdict} (band: {BAND:.0%} of the ratios of {known['date']})")
     return 1 if failed else 0
 
 
@@ -287,20 +302,6 @@ def _line(finding: Finding) -> str:
     return f"{'FAIL' if finding.failed else 'ok  '} {finding.case}: {ratios} (expected {finding.expected:.3f}, " + (
         f"{finding.change:+.1%})"
     )
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Any:
-    """A bar on a terminal, and each line of what was found."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-
-        def say(line: str) -> None:
-            console.print(line, highlight=False, soft_wrap=True)
-            progress.advance(task)
-
-        yield say
 
 
 if __name__ == "__main__":

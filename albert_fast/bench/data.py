@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from albert_fast.bench.arguments import Shape
-from albert_fast.tokenizer import AlbertTokenizer, train_vocabulary
+from albert_fast.tokenizer import AlbertTokenizer, TokenizerError, train_vocabulary
 
 IGNORE_INDEX = -100
 LABELLED_SHARE = 0.15
@@ -116,7 +116,11 @@ def cache_directory() -> Path:
 
 
 def load_tokenizer(vocab: str | None, text: Text) -> AlbertTokenizer:
-    """The tokenizer of a file or directory, or else one trained on the text, which is kept for the next run."""
+    """The tokenizer of a file or directory, or else one trained on the text, which is kept for the next run.
+
+    Raises:
+        ValueError: there is too little text to train one on, or what is given is no vocabulary.
+    """
     if vocab is not None:
         return AlbertTokenizer.from_pretrained(vocab) if Path(vocab).is_dir() else AlbertTokenizer(vocab)
     key = hashlib.sha256(f"{text.sha256} {VOCAB_SIZE}".encode()).hexdigest()[:16]
@@ -127,11 +131,15 @@ def load_tokenizer(vocab: str | None, text: Text) -> AlbertTokenizer:
         temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=directory.parent))
         try:
             train_vocabulary(text.paragraphs, temporary, vocab_size=VOCAB_SIZE)
-            try:
-                temporary.rename(directory)
-            except OSError:
-                if not directory.is_dir():  # or another process was faster, with the same content
-                    raise
+            temporary.rename(directory)
+        except TokenizerError:
+            raise ValueError(
+                f"--text {text.source}: too little, or of too many different characters, to train a vocabulary of "
+                f"{VOCAB_SIZE} pieces on; give more, or a --vocab"
+            ) from None
+        except OSError:
+            if not directory.is_dir():  # or another process was faster, with the same content
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return AlbertTokenizer.from_pretrained(directory)

@@ -18,11 +18,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 
 import albert_fast
@@ -30,6 +28,7 @@ from albert_fast import AlbertConfig, backends, native_trace
 from albert_fast.bench import timeline
 from albert_fast.bench.arguments import ProfileOptions, profile_options_from
 from albert_fast.bench.checkout import commit_of
+from albert_fast.bench.console import make_console, show_progress
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.formats import FORMATS, name_of
 from albert_fast.bench.peers import AlbertFast, call, serving_backends
@@ -41,13 +40,15 @@ from albert_fast.bench.run import (
     machine,
     make_model,
     probe,
-    show_progress,
     versions,
     vocabulary_of,
 )
 from albert_fast.bench.timeline import ATTENTION, ENCODER, KINDS, LOSS, OVERHEAD, PRODUCTS, Part, Slice
 from albert_fast.bench.worker import synchronize
 from albert_fast.flops import Operations, flops
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # A kind's parts that take less than this of the step are not printed.
 _LEAST_SHARE = 0.01
@@ -62,15 +63,15 @@ NOTE = (
 
 def main(args: argparse.Namespace) -> int:
     options = profile_options_from(args)
-    console = Console()
+    console = make_console()
     with forced_backend(options.backend):
         report, events = run(options, console)
     Path(options.output).write_text(json.dumps(events))
-    print_profile(report, console)
-    console.print(f"wrote {options.output}", highlight=False, soft_wrap=True)
     if options.work.json is not None:
         Path(options.work.json).write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"wrote {options.work.json}", highlight=False, soft_wrap=True)
+    print_profile(report, console)
+    for file in filter(None, (options.output, options.work.json)):
+        console.print(f"wrote {file}", soft_wrap=True)
     return 0
 
 
@@ -271,14 +272,17 @@ def _row(name: str, milliseconds: float, of: float, operations: int) -> dict[str
 
 
 def print_profile(report: dict[str, Any], console: Console) -> None:
+    """The table of a report, on a console of `make_console`."""
+    from rich.table import Table
+    from rich.text import Text
+
     step, profiled, steps = report["milliseconds"], report["profiled_milliseconds"], len(report["all_milliseconds"])
-    console.print(headline([report]), highlight=False, soft_wrap=True)
-    console.print(
-        f"\n[bold]{title(report['work'])}[/]: {step:,.1f} ms, the fastest of {steps}; "
-        f"the profiler adds {profiled - step:+,.1f} ms ({profiled / step - 1:+.1%})",
-        highlight=False,
-        soft_wrap=True,
+    console.print(headline([report]), soft_wrap=True)
+    said = (
+        f": {step:,.1f} ms, the fastest of {steps}; the profiler adds {profiled - step:+,.1f} ms "
+        f"({profiled / step - 1:+.1%})"
     )
+    console.print(Text.assemble("\n", (title(report["work"]), "bold"), said), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for name in ("ms", "share", "GFLOP", "GFLOP/s", "floor", "x floor"):
@@ -291,10 +295,10 @@ def print_profile(report: dict[str, Any], console: Console) -> None:
                 name = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"
                 table.add_row(*_cells({**part, "name": name}), style="dim")
     console.print(table)
-    console.print(NOTE, highlight=False, soft_wrap=True)
+    console.print(NOTE, soft_wrap=True)
     inside = report["profiled_overhead_milliseconds"]
     text = f"In the profiled step itself overhead was {inside:,.1f} ms, the profiler's own included."
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -9,12 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from albert_fast.bench.checkout import short
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Report = dict[str, Any]
 # Of the rows of a work, by peer, what stands in a column.
@@ -31,10 +31,12 @@ NOTE = (
 
 
 def print_report(report: Report, console: Console) -> None:
-    """One table: a section for each piece of work, a line for each peer."""
-    console.print(headline([report]), highlight=False, soft_wrap=True)
+    """One table: a section for each piece of work, a line for each peer; the console is one of `make_console`."""
+    from rich.table import Table
+
+    console.print(headline([report]), soft_wrap=True)
     for work in report["works"]:
-        console.print(f"\n[bold]{title(work)}[/]", highlight=False)
+        console.print(f"\n{title(work)}", style="bold")
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 0, 0, 1))
         table.add_column("", no_wrap=True, min_width=max(len(row["peer"]) for row in work["rows"]))
         for name in COLUMNS:
@@ -50,8 +52,8 @@ def print_report(report: Report, console: Console) -> None:
                 reasons.setdefault((row["peer"], row["reason"]), []).append(title(work))
     for (peer, reason), (first, *others) in reasons.items():
         rest = f" and {len(others)} more" if others else ""
-        console.print(f"{peer}, {first}{rest}: {reason}", highlight=False, soft_wrap=True)
-    console.print(NOTE, highlight=False, soft_wrap=True)
+        console.print(f"{peer}, {first}{rest}: {reason}", soft_wrap=True)
+    console.print(NOTE, soft_wrap=True)
 
 
 def markdown(report: Report) -> str:

@@ -12,22 +12,22 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import albert_fast
 from albert_fast import AlbertConfig, AlbertForMaskedLM, AlbertForPreTraining
 from albert_fast.bench import peers, pretraining
-from albert_fast.bench.arguments import CONFIGS, PRETRAINING, Options, Shape, options_from
-from albert_fast.bench.case import run_case
+from albert_fast.bench.arguments import CONFIGS, DEFAULT_PEERS, PRETRAINING, Options, Shape, options_from
+from albert_fast.bench.case import Case, run_case
 from albert_fast.bench.checkout import commit_of
+from albert_fast.bench.console import make_console, show_progress
 from albert_fast.bench.data import Batch, Text, load_tokenizer, make_batch, read_text
 from albert_fast.bench.formats import FORMATS, name_of
 from albert_fast.bench.peers import serving_backends
@@ -35,34 +35,66 @@ from albert_fast.bench.rates import Rates, floor
 from albert_fast.bench.report import print_report
 from albert_fast.bench.suites import cases_of
 from albert_fast.bench.suites.model import ModelCase, Subject
+from albert_fast.bench.suites.ops import OperationCase
 from albert_fast.bench.suites.setting import Setting
 from albert_fast.bench.work import Work
 from albert_fast.flops import Operations, flops, matrix_rate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _REPEATS = {"cpu": 3, "cuda": 20}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the command; 1 where a peer of this package computes the wrong thing."""
+    """Runs the command; 1 where a peer of this package computes the wrong thing, 130 where Ctrl-C ended it."""
     options = options_from(args)
-    console = Console()
-    peers.add_installed()
-    own = [peers.add(plug_in) for plug_in in options.peers]
+    console = make_console()
+    installed = peers.add_installed()
+    own = {plug_in: peers.add(plug_in) for plug_in in options.peers}
     if options.suites:
         report = run_suites(options, console)
+    elif options.pretrain:
+        report = run(options, console)
     else:
-        models = tuple(peer.name for peer in own if issubclass(peer, peers.Peer))
-        report = run(replace(options, compare=(*options.compare, *models)), console)
-    print_report(report, console)
+        report = run(replace(options, compare=_compared(options.compare, installed, own)), console)
+    # What was measured is kept whatever becomes of the table.
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"wrote {options.json}")
+    print_report(report, console)
+    if options.json is not None:
+        console.print(f"wrote {options.json}", soft_wrap=True)
+    measured, planned = len(report["works"]), report["planned"]
+    if measured < planned:
+        print(f"albert-fast bench: stopped; the report is of {measured} of {planned} pieces of work", file=sys.stderr)
+        return 130
     ours = [row for work in report["works"] for row in work["rows"] if row["peer"] in ("albert_fast", "reference")]
     return 0 if all(row["passed"] for row in ours) else 1
 
 
+def _compared(
+    compare: tuple[str, ...], installed: Sequence[peers.Kind], own: Mapping[str, peers.Kind]
+) -> tuple[str, ...]:
+    """Those of --compare and of --peer; installed ones, too, unless --compare says who of them."""
+    for plug_in, peer in own.items():
+        if not issubclass(peer, peers.Peer):
+            raise ValueError(
+                f"--peer {plug_in} is {peer.name!r}, an OperationPeer; a Peer was expected, for without --suite whole "
+                "models are measured: --suite ops measures operations"
+            )
+    joining = (*(installed if compare == DEFAULT_PEERS else ()), *own.values())
+    names = tuple(dict.fromkeys((*compare, *(peer.name for peer in joining if issubclass(peer, peers.Peer)))))
+    for name in names:
+        if name not in peers.PEERS:
+            raise ValueError(f"--compare has {name!r}; {', '.join(peers.PEERS)} was expected")
+    return names
+
+
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """The report: machine, versions, configuration, and a `Work` for each dtype, mode and shape, as plain values."""
+    """The report: machine, versions, configuration, and a `Work` for each dtype, mode and shape, as plain values.
+
+    `planned` says how many works there are, unless Ctrl-C ends the run before.
+    """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is 'cuda' and torch finds no GPU here; cpu was expected")
     device = torch.device(options.device)
@@ -80,18 +112,21 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         works: list[tuple[Work, Operations]] = []
         rates: dict[torch.dtype, float] = {}
         backends = {}
-        for dtype in options.dtypes:
-            backends[dtype] = serving_backends(config, device, FORMATS[dtype].activations)
-            modes = options.modes if dtype != "int8" else ("inference",)
-            # Before and after each work: what follows one precedes the next.
-            probe(dtype, device, rates, say)
-            for mode, (shape, batch) in itertools.product(modes, batches.items()):
-                if mode == PRETRAINING:
-                    work, operations = _pretrain(options, config, state_dict, batch, shape, say)
-                else:
-                    work, operations = _compute(options, config, state_dict, batch.to(device), shape, mode, dtype, say)
-                works.append((work, operations))
+        asked = {
+            dtype: [mode for mode in options.modes if (mode, dtype) != ("training", "int8")] for dtype in options.dtypes
+        }
+        with _until_stopped(works):
+            for dtype, modes in asked.items():
+                backends[dtype] = serving_backends(config, device, FORMATS[dtype].activations)
+                # Before and after each work: what follows one precedes the next.
                 probe(dtype, device, rates, say)
+                for mode, (shape, batch) in itertools.product(modes, batches.items()):
+                    if mode == PRETRAINING:
+                        done = _pretrain(options, config, state_dict, batch, shape, say)
+                    else:
+                        done = _compute(options, config, state_dict, batch.to(device), shape, mode, dtype, say)
+                    works.append(done)
+                    probe(dtype, device, rates, say)
     for work, operations in works:
         # The best rates of the whole run: a machine that others use shows them at times only.
         work.floor_milliseconds = floor(operations, FORMATS[work.dtype], rates) * 1e3
@@ -101,6 +136,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         **about,
         "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in rates.items()},
         "backends": backends,
+        "planned": len(batches) * sum(map(len, asked.values())),
         "works": [asdict(work) for work, _ in works],
     }
 
@@ -114,16 +150,18 @@ def run_suites(options: Options, console: Console) -> dict[str, Any]:
     device = torch.device(options.device)
     setting = Setting(options.quick, device, options.text, options.vocab)
     cases = cases_of(options.suites, setting, options.only)
+    _check_parts(options.peers, cases)
     about = _about(options, setting.read, setting.config)
-    rates, works = Rates(device), []
+    rates = Rates(device)
+    works: list[Work] = []
     repeats = options.repeats or _REPEATS[device.type]
-    with show_progress(console, len(cases)) as say:
+    with show_progress(console, len(cases)) as say, _until_stopped(works):
         for number, case in enumerate(cases, start=1):
             title = f"{case.suite} {number}/{len(cases)}: {case.name}"
             work = run_case(case, repeats, lambda text, title=title: say(f"{title}: {text}"))  # type: ignore[misc]
-            works.append(work)
             # Products again at a suite's end: a machine that others use shows its best rate at times only.
             rates.probe(work, again=number == len(cases) or cases[number].suite != case.suite)
+            works.append(work)
             say(f"{title}: {_summary(work)}", done=number)
     for work in works:
         work.floor_milliseconds = rates.floor_milliseconds(work)
@@ -137,8 +175,31 @@ def run_suites(options: Options, console: Console) -> dict[str, Any]:
         "matrix_gflops": {name_of(numbers): rate / 1e9 for numbers, rate in products.items()},
         "copy_gbytes": {f"{size} bytes, {n} threads": rate / 1e9 for (n, size), rate in rates.copies.items()},
         "backends": {dtype: serving_backends(setting.config, device, FORMATS[dtype].activations) for dtype in dtypes},
+        "planned": len(cases),
         "works": [asdict(work) for work in works],
     }
+
+
+@contextlib.contextmanager
+def _until_stopped(works: Sequence[object]) -> Iterator[None]:
+    """Ctrl-C ends what is inside, and the works that were finished before are kept; without any it ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not works:
+            raise
+
+
+def _check_parts(plug_ins: Sequence[str], cases: Sequence[Case]) -> None:
+    """Who is asked for takes part in a case, at least."""
+    for plug_in in plug_ins:
+        peer = peers.PLUG_INS[plug_in]
+        kind: type[Case] = ModelCase
+        what = "a Peer, for --suite model or train"
+        if issubclass(peer, peers.OperationPeer):
+            kind, what = OperationCase, "an OperationPeer, for the operations that it has, of --suite ops"
+        if not any(isinstance(case, kind) and peer.name in case.peers for case in cases):
+            raise ValueError(f"--peer {plug_in} is {peer.name!r}, {what}; no such case is chosen")
 
 
 def _summary(work: Work) -> str:
@@ -287,24 +348,3 @@ def versions() -> dict[str, str]:
 
         found["transformers"] = transformers.__version__
     return found
-
-
-@contextlib.contextmanager
-def show_progress(console: Console, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Shows one line of what is going on, and how many of `total` are done. On a terminal it is the same line;
-    otherwise each is printed once, of those that are counted only what came of them."""
-    if not console.is_terminal:
-        seen = set()
-
-        def print_once(text: str, done: int | None = None) -> None:
-            if text not in seen and (total is None or done is not None):
-                seen.add(text)
-                console.print(text, highlight=False, soft_wrap=total is not None)
-
-        yield print_once
-        return
-    bar = (BarColumn(), MofNCompleteColumn()) if total is not None else ()
-    columns = (SpinnerColumn(), *bar, TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda text, done=None: progress.update(task, description=text, completed=done)

@@ -81,7 +81,7 @@ class Process:
     def __init__(self, peer: str, module: str, request: Mapping[str, Any]) -> None:
         self.peer = peer
         self._directory = tempfile.TemporaryDirectory()
-        known = {"peer": peer, "plug_ins": peers.PLUG_INS, "threads": torch.get_num_threads()}
+        known = {"peer": peer, "plug_ins": list(peers.PLUG_INS), "threads": torch.get_num_threads()}
         torch.save({**request, **known}, self._file("request.pt"))
         self._errors = open(self._file("errors"), "w+")  # noqa: SIM115
         command = [sys.executable, "-m", module, self._directory.name]

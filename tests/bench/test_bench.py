@@ -1,10 +1,13 @@
 """`albert-fast bench` from its options to its report, on models that take no time."""
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -15,11 +18,13 @@ from albert_fast import AlbertConfig, AlbertForMaskedLM, cli, flops
 from albert_fast.bench import parity, peers, run, worker
 from albert_fast.bench.arguments import DEFAULT_PEERS, DTYPES, MODES, PEERS, Shape, add_to, options_from
 from albert_fast.bench.checkout import commit_of
+from albert_fast.bench.console import make_console, show_progress
 from albert_fast.bench.data import Batch, load_tokenizer, make_batch, read_text
 from albert_fast.bench.formats import FORMATS
 from albert_fast.bench.peers.albert_fast import AlbertFast
 from albert_fast.bench.report import markdown, print_report
 from albert_fast.bench.suites import model
+from albert_fast.bench.suites.setting import Setting
 from albert_fast.bench.worker import Worker, WorkerError, interleave
 
 CPU = torch.device("cpu")
@@ -98,10 +103,14 @@ class Here:
         pass
 
 
-def options(*arguments: str):
+def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_to(parser)
-    return options_from(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def options(*arguments: str):
+    return options_from(parsed(*arguments))
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -131,6 +140,8 @@ def test_options():
         (["--json", "nowhere/report.json"], "--json is 'nowhere/report.json'"),
         (["--shapes", "1x513"], "512 positions"),
         (["--device", "cuda", "--dtype", "float32,int8"], "int8 runs on the CPU alone"),
+        (["--mode", "training", "--dtype", "int8"], "--mode is 'training'; int8 is for inference"),
+        (["--mode", "training", "--dtype", "float32,int8"], "--mode is 'training'; int8 is for inference"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message, capsys):
@@ -173,6 +184,15 @@ def test_the_users_own_text(tmp_path, tokenizer):
     file.write_text(" \n\n ")
     with pytest.raises(ValueError, match="no text"):
         read_text([str(file)])
+
+
+def test_a_text_that_is_too_small_for_a_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "text.txt"
+    file.write_text("Few beads make no abacus.\n")
+    with pytest.raises(ValueError, match=r"--text .*text\.txt: too little.* 2000 pieces on; give more, or a --vocab$"):
+        load_tokenizer(None, read_text([str(file)]))
+    assert not list((tmp_path / "cache").rglob("*.model"))
 
 
 def test_the_floor_of_int8_has_attention_in_bfloat16():
@@ -441,6 +461,101 @@ def test_the_command(processes, config_file, tmp_path, capsys, monkeypatch):
     assert int8["floor_milliseconds"] == pytest.approx(seconds * 1e3)
     assert report["backends"].keys() == {"autocast", "int8"}
     assert "commit" in report
+
+
+def test_what_others_say_is_printed_as_it_is_and_the_file_is_written_first(config_file, tmp_path, capsys, monkeypatch):
+    said = "ValueError: [/gelu] of 'their[peers]' :bell:"
+
+    class Raises(AlbertFast):
+        name = "[/raises]"
+
+        def build(self, *arguments):
+            raise ValueError(said.removeprefix("ValueError: "))
+
+        def refuses(self, mode, dtype, device):
+            return None
+
+    class Opened(Here):
+        def __init__(self, peer, *rest):
+            self.peer, self.rest = peers.PEERS[peer](), rest
+
+        def results(self):
+            super().__init__(self.peer.name, *self.rest)
+            return super().results()
+
+    monkeypatch.setitem(peers.PEERS, Raises.name, Raises)
+    monkeypatch.setattr(model, "Worker", Opened)
+    file = tmp_path / "report.json"
+    arguments = ["--config", config_file, "--shapes", "1x16", "--mode", "inference", "--repeats", "1"]
+    chosen = run.replace(options(*arguments, "--json", str(file)), compare=("albert_fast", Raises.name))
+    monkeypatch.setattr(run, "options_from", lambda args: chosen)
+    assert run.main(argparse.Namespace()) == 0
+    printed = capsys.readouterr().out
+    assert f"[/raises], float32 inference 1x16: {said}\n" in printed
+    assert "parity of [/raises]" in printed
+    assert printed.count("[/raises]") == 3  # the table has it, too
+    written = file.read_text()
+    file.unlink()
+
+    def broken(report, console):
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr(run, "print_report", broken)
+    with pytest.raises(RuntimeError, match="no table"):
+        run.main(argparse.Namespace())
+    assert json.loads(file.read_text()).keys() == json.loads(written).keys()
+
+
+@pytest.mark.parametrize("suite", [False, True], ids=["shapes", "suite"])
+def test_ctrl_c_keeps_what_was_measured(suite, config_file, tmp_path, capsys, monkeypatch):
+    finished, measured = [], run.run_case
+
+    def stopped_after_two(case, *rest):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        if suite:
+            case = dataclasses.replace(case, peers=("reference",))
+        finished.append(case)
+        return measured(case, *rest)
+
+    monkeypatch.setattr(run, "run_case", stopped_after_two)
+    monkeypatch.setattr(model, "Worker", Here)
+    file = tmp_path / "report.json"
+    arguments = ["--config", config_file, "--shapes", "1x16", "--dtype", "float32,int8", "--compare", "albert_fast"]
+    if suite:
+        changes = (*TINY.items(), ("num_hidden_layers", 1))
+        monkeypatch.setattr(run, "Setting", functools.partial(Setting, changes=changes))
+        arguments = ["--suite", "ops", "--quick", "--only", "bias_gelu"]
+    assert cli.main(["bench", *arguments, "--repeats", "1", "--json", str(file)]) == 130
+    report = json.loads(file.read_text())
+    assert len(report["works"]) == 2 < report["planned"]
+    assert all(work["floor_milliseconds"] > 0.0 and work["rows"][0]["milliseconds"] > 0.0 for work in report["works"])
+    said = capsys.readouterr()
+    assert f"stopped; the report is of 2 of {report['planned']} pieces of work" in said.err
+    assert f"wrote {file}" in said.out
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt):  # nothing is measured, so that there is nothing to keep
+        run.main(argparse.Namespace(**{**vars(parsed(*arguments)), "json": str(file)}))
+    assert not file.exists()
+
+
+def test_progress_on_a_terminal_is_text_as_it_is(capsys, monkeypatch):
+    for name, value in (("TERM", "xterm"), ("FORCE_COLOR", "1"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    with show_progress(make_console(), 1) as say:
+        say("[/gelu]", done=1)
+    assert "[/gelu]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["bench"], ["profile", "-o", "trace.json"]], ids=["bench", "profile"])
+def test_without_rich_one_line_says_how_to_mend_it(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"] + ["rich"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'albert_fast[bench]'" in said
+    assert said.count("\n") == 1
 
 
 def test_a_model_and_its_vocabulary(tmp_path, tokenizer, capsys):

@@ -240,6 +240,33 @@ def test_the_command(chosen, tmp_path, capsys, monkeypatch):
     assert "--only is 'nothing'" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_right_is_one_line_before_anything_is_measured(chosen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "cases", lambda: chosen)
+    monkeypatch.setattr(check, "attempt", lambda case, turns: pytest.fail("measured"))
+    file = tmp_path / "ratios.json"
+
+    def says(*arguments: str) -> str:
+        assert check.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    nowhere = str(tmp_path / "no" / "ratios.json")
+    assert f"--expected is '{nowhere}'; a file in a directory that exists" in says("--write", "--expected", nowhere)
+    for damaged, message in (("{", "which is damaged (Expecting"), ("[]", "no ratios"), ('{"avx9": 0}', "no ratios")):
+        file.write_text(damaged)
+        for write in ([], ["--write"]):
+            said = says(*write, "--expected", str(file))
+            assert f"--expected is '{file}'" in said
+            assert message in said
+
+    def unreadable(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(check, "_read", unreadable)
+    assert f"Permission denied: '{file}'" in says("--expected", str(file))
+
+
 def test_the_committed_ratios_are_of_these_cases(request):
     """A case that is renamed, or added, is not forgotten there."""
     file = request.config.rootpath / check.EXPECTED

@@ -3,14 +3,15 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 
 import pytest
 import torch
 
 from albert_fast import AlbertConfig, AlbertForMaskedLM, cli, flops, ops
-from albert_fast.bench import parity, peers, rates, worker
-from albert_fast.bench.arguments import Shape, add_to, options_from
+from albert_fast.bench import parity, peers, rates, run, worker
+from albert_fast.bench.arguments import DEFAULT_PEERS, TRAINERS, Shape, add_to, options_from
 from albert_fast.bench.case import run_case
 from albert_fast.bench.suites.ops import OPERATIONS, operation_case
 from albert_fast.bench.suites.setting import lengths_of, random_batch
@@ -65,7 +66,7 @@ def own_tables(monkeypatch):
     """What a test adds is gone after it."""
     for name in ("PEERS", "OPERATION_PEERS"):
         monkeypatch.setattr(peers, name, dict(getattr(peers, name)))
-    monkeypatch.setattr(peers, "PLUG_INS", [])
+    monkeypatch.setattr(peers, "PLUG_INS", {})
     monkeypatch.setattr("albert_fast.bench.suites.ops.OPERATION_PEERS", peers.OPERATION_PEERS)
     monkeypatch.setattr("albert_fast.bench.suites.model.PEERS", peers.PEERS)
     monkeypatch.setattr(flops, "_CPU_SIZES", ((64, 64, 64),))
@@ -104,7 +105,7 @@ def test_who_is_absent_is_listed_with_the_reason(tmp_path):
     peers.add(write(tmp_path / "my_peer.py", OPERATION_PEER, packages=("abacus_of_nowhere",)))
     row = run_case(operation_case("bias_gelu", CONFIG, SHAPE, "inference", turn=0.0), 1).rows[-1]
     assert (row.peer, row.passed, row.milliseconds) == ("mine", None, None)
-    assert "abacus_of_nowhere not installed: pip install" in row.reason
+    assert row.reason == "abacus_of_nowhere not installed: pip install abacus_of_nowhere"
 
 
 def test_who_raises_is_marked_failed(tmp_path):
@@ -141,8 +142,10 @@ def test_a_model_of_a_users_file_in_the_command(factor, tmp_path, capsys):
         (OPERATION_PEER.replace('"mine"', '"pytorch"'), "is named 'pytorch', as another one is"),
         (OPERATION_PEER.replace('name = "mine"', ""), "Mine has no `name`"),
         ("import abacus_of_nowhere\n" + OPERATION_PEER, "name what it needs in `packages`"),
+        ("\n\ndef abacus(:\n", "SyntaxError: invalid syntax (my_peer.py, line 3)"),
+        ("ABACUS.beads\n" + OPERATION_PEER, "NameError: name 'ABACUS' is not defined"),
     ],
-    ids=["none", "two", "taken", "nameless", "import"],
+    ids=["none", "two", "taken", "nameless", "import", "syntax", "raises"],
 )
 def test_a_wrong_file_is_one_line(text, message, tmp_path, capsys):
     file = write(tmp_path / "my_peer.py", text)
@@ -156,6 +159,23 @@ def test_a_wrong_file_is_one_line(text, message, tmp_path, capsys):
 def test_no_file(capsys):
     assert cli.main(["bench", "--suite", "ops", "--peer", "nowhere.py"]) == 2
     assert "--peer is 'nowhere.py', which does not exist" in capsys.readouterr().err
+
+
+def test_a_peer_that_the_run_is_not_for_is_refused_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run_case", lambda *arguments: pytest.fail("measured"))
+    operation = write(tmp_path / "operation.py", OPERATION_PEER)
+    whole = write(tmp_path / "whole.py", MODEL_PEER)
+    for file, arguments, message in (
+        (operation, [], "is 'mine', an OperationPeer; a Peer was expected"),
+        (operation, ["--suite", "model", "--quick"], "is 'mine', an OperationPeer, for the operations that it has"),
+        (operation, ["--suite", "ops", "--quick", "--only", "encoder"], "no such case is chosen"),
+        (whole, ["--suite", "ops", "--quick"], "is 'mine', a Peer, for --suite model or train; no such case is chosen"),
+        (whole, ["--pretrain"], "--pretrain and --peer: at most one of them was expected"),
+    ):
+        assert cli.main(["bench", *arguments, "--peer", file]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
 
 
 def test_options_name_files():
@@ -179,12 +199,80 @@ def test_an_installed_package(monkeypatch):
             return Theirs
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, name="theirs": [Point()])
-    peers.add_installed()
-    peers.add_installed()  # once is enough
-    assert peers.PLUG_INS == ["theirs"]
+    assert peers.add_installed() == [Theirs]
+    assert peers.add_installed() == [Theirs]  # once is enough
+    assert list(peers.PLUG_INS) == ["theirs"]
     work = run_case(operation_case("bias_gelu", CONFIG, SHAPE, "inference", turn=0.0), 1)
     assert work.rows[-1].peer == "theirs"
     assert work.rows[-1].passed
+
+
+class Points:
+    """Entry points, by name what they load."""
+
+    def __init__(self, **found):
+        self.found = found
+
+    def __call__(self, group, name=None):
+        return [point for point in map(self._point, self.found) if name in (None, point.name)]
+
+    def _point(self, name):
+        def load():
+            if isinstance(self.found[name], Exception):
+                raise self.found[name]
+            return self.found[name]
+
+        return argparse.Namespace(name=name, load=load)
+
+
+def test_an_installed_model_in_the_command(tmp_path, capsys, monkeypatch):
+    """By default, or where --compare or --peer names it."""
+
+    class Whole(peers.PEERS["reference"]):
+        name = "my-whole"
+
+    class Theirs(peers.OperationPeer):
+        name = "theirs"
+
+    def measured(options, console):
+        chosen.append(options.compare)
+        raise ValueError("chosen")
+
+    chosen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", Points(whole=Whole, theirs=Theirs))
+    monkeypatch.setattr(run, "run", measured)
+    for arguments, expected in (
+        ([], (*DEFAULT_PEERS, "my-whole")),
+        (["--compare", "reference"], ("reference",)),
+        (["--compare", "my-whole,reference"], ("my-whole", "reference")),
+        (["--compare", "reference", "--peer", "whole"], ("reference", "my-whole")),
+        (["--compare", "my-whole", "--peer", "whole"], ("my-whole",)),
+        (["--pretrain"], TRAINERS),
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+        assert "chosen" in capsys.readouterr().err
+        assert chosen.pop() == expected
+    for arguments, message in (
+        (["--compare", "theirs"], "--compare has 'theirs'"),
+        (["--peer", "theirs"], "--peer theirs is 'theirs', an OperationPeer"),
+        (["--peer", "nobody"], "--peer is 'nobody'; a Python file, or an entry point of albert_fast.peers"),
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert not chosen
+
+
+@pytest.mark.parametrize("error", [ImportError("no abacus"), RuntimeError("no beads")], ids=["import", "other"])
+def test_an_installed_peer_that_is_broken_is_left_out(error, monkeypatch):
+    class Whole(peers.PEERS["reference"]):
+        name = "whole"
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", Points(broken=error, whole=Whole))
+    with pytest.warns(UserWarning, match=rf"an installed peer is left out: broken cannot be imported \(.*{error}"):
+        assert peers.add_installed() == [Whole]
+    assert list(peers.PLUG_INS) == ["whole"]
+    with pytest.raises(ValueError, match=rf"--peer broken cannot be imported \(.*{error}"):
+        peers.add("broken")
 
 
 def test_no_entry_point():
@@ -224,6 +312,16 @@ def test_who_needs_a_gpu_says_so_without_one():
     assert peers.PEERS["transformers-flash"]().refuses("inference", "bfloat16", "cpu") == "it has cuda, not cpu"
     reason = peers.PEERS["transformers-flash"]().refuses("inference", "bfloat16", "cuda")
     assert reason is None or "flash_attn not installed: pip install flash-attn" in reason
+
+
+def test_who_comes_with_an_extra_says_which(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    for name, expected in (
+        ("transformers-sdpa", "transformers not installed: pip install 'albert_fast[bench]'"),
+        ("openvino", "transformers and openvino and nncf not installed: pip install 'albert_fast[peers]'"),
+    ):
+        assert peers.PEERS[name]().refuses("inference", "float32", "cpu") == expected
+    assert "pip install 'albert_fast[peers]'" in peers.PEERS["onnxruntime"]().refuses("inference", "float32", "cpu")
 
 
 def test_dynamic_int8_quantizes_the_shared_layer_once():

@@ -11,6 +11,7 @@ import torch
 from albert_fast import AlbertConfig, backends, cli, flops
 from albert_fast.bench import profile, timeline
 from albert_fast.bench.arguments import Shape, add_profile_to, profile_options_from
+from albert_fast.bench.console import make_console
 from albert_fast.bench.data import load_tokenizer, make_batch, read_text
 from albert_fast.bench.timeline import ATTENTION, ENCODER, LOSS, OVERHEAD, PRODUCTS, REST, Part
 from albert_fast.native_trace import Span
@@ -90,6 +91,16 @@ def test_the_parts_add_up(backend, mode, profiled, capsys):
     assert f"float32 {mode} 3x24:ragged" in printed
     for name in (*table, "step"):
         assert re.search(rf"^{name} +-?[\d.,]+ +-?[\d.]+%", printed, re.MULTILINE), name
+
+
+def test_names_are_printed_as_they_are(profiled, capsys):
+    report, _ = profiled("--mode", "inference")
+    report["machine"]["processor"] = "[/abacus] [of] :bell:"
+    report["rows"][0]["parts"][0].update(name="[/beads]", share=1.0)
+    profile.print_profile(report, make_console())
+    printed = capsys.readouterr().out
+    assert "[/abacus] [of] :bell:" in printed
+    assert "x [/beads]" in printed
 
 
 @pytest.mark.skipif(not HAS_CPU, reason="no native library")

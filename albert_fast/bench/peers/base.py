@@ -26,13 +26,13 @@ class Participant:
 
     Attributes:
         name: in the table and in the report.
-        packages: what must be importable; `install` is what pip is to be given for it.
+        packages: what must be importable; `install` is what pip is to be given for it, their own names when None.
         modes, dtypes, devices: what it can be asked for.
     """
 
     name: str
     packages: tuple[str, ...] = ()
-    install: str = "'albert_fast[peers]'"
+    install: str | None = None
     modes: tuple[str, ...] = ("inference", "training")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     devices: tuple[str, ...] = ("cpu", "cuda")

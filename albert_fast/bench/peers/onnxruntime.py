@@ -56,6 +56,7 @@ def quietly() -> Iterator[None]:
 class OnnxRuntime(Peer):
     name = "onnxruntime"
     packages = ("transformers", "onnx", "onnxscript", "onnxruntime")
+    install = "'albert_fast[peers]'"
     modes = ("inference",)
     dtypes = ("float32", "int8")
     devices = ("cpu",)

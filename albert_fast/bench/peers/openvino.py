@@ -18,6 +18,7 @@ from albert_fast.config import AlbertConfig
 class OpenVino(Peer):
     name = "openvino"
     packages = ("transformers", "openvino", "nncf")
+    install = "'albert_fast[peers]'"
     modes = ("inference",)
     dtypes = ("float32", "bfloat16", "int8")
     devices = ("cpu",)

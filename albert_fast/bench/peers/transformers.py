@@ -15,6 +15,7 @@ from albert_fast.config import AlbertConfig
 
 class Transformers(TorchPeer):
     packages: tuple[str, ...] = ("transformers",)
+    install = "'albert_fast[bench]'"
     attention: str
 
     def module(self, config: AlbertConfig) -> torch.nn.Module:
