@@ -448,7 +448,7 @@ def _embed_layer_norm(
     )
     if not done:
         check_all_ids(inputs, position_ids, token_type_ids, word, position, token_type)
-        raise RuntimeError("the CPU kernel declined a table whose rows overlap: .contiguous() parts them")
+        raise RuntimeError("the CPU kernel declined the call, and no id is out of range: please report it")
     return y
 
 

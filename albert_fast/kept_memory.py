@@ -18,7 +18,6 @@ _pool: list[UntypedStorage] = []
 _lock = threading.Lock()
 
 
-
 def _after_fork() -> None:
     """Another thread may have held the lock."""
     global _lock

@@ -47,7 +47,8 @@ def accelerate(
 
     - Hidden states and masked-LM logits at padded positions are zeros, where transformers computes values that mean
       nothing; labels there do not count, and an answer's logits are the least number there is.
-    - The masked-LM loss is computed from the labelled positions, and 0 where there are none (transformers: NaN).
+    - The masked-LM loss is computed from the labelled positions, and 0 where there are none (transformers: NaN); so is
+      that of answers from the rows that have one outside the padding.
     - `num_items_in_batch` is honoured by every loss (transformers 5; 4 does not have it): Trainer with gradient
       accumulation gives the gradient of the large batch.
     - `model.gradient_checkpointing_enable()` works, and keeps one hidden state a pass.

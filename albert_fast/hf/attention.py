@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from albert_fast import ops
@@ -65,6 +66,8 @@ def attention_forward(
             kwargs.get(name) is None,
             f"{name} was given, which attn_implementation={NAME!r} does not have: take 'sdpa' or 'eager'",
         )
+    if torch.jit.is_tracing():  # which cannot record the operator
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -140,7 +143,8 @@ def attention_mask(
 ) -> Tensor | None:
     """As transformers' models call it: the padding alone [batch, keys], or None without any, where every query may
     attend to every key; else the mask of sdpa."""
-    if _is_bidirectional(mask_function) and kwargs.get("allow_is_bidirectional_skip", True):
+    padding_alone = _is_bidirectional(mask_function) and kwargs.get("allow_is_bidirectional_skip", True)
+    if padding_alone and not torch.jit.is_tracing():
         if attention_mask is None:
             return None
         mask = attention_mask[:, -kv_length:] != 0

@@ -20,7 +20,7 @@ from albert_fast.hf import guards
 from albert_fast.hf.heads import Call
 from albert_fast.hf.packed import packed_offsets
 from albert_fast.ops.checks import has_values
-from albert_fast.ops.encoder import EncoderOptions
+from albert_fast.ops.encoder import TENSORS_PER_LAYER, EncoderOptions
 from albert_fast.packing import PackedBatch
 
 
@@ -143,34 +143,45 @@ class AlbertTransformer(modeling_albert.AlbertTransformer):
         parameters = guards.parameters_of(self)
         found = inference.run(batch, embedded, None, projection, parameters, None, options)
         if found is not None:
-            output = found[0]
+            states = [batch.pad(found[0])]
         else:
-            rows_of = (batch.cu_seqlens, batch.max_seqlen)
-            output = ops.encoder(projection(embedded), parameters, *rows_of, **options._asdict())
-        states = None
-        if return_all:
-            states = torch.stack([batch.pad(state) for state in output])
-            output, padded = output[-1], states[-1]
-        else:
-            padded = batch.pad(output)
+            states = _states(projection(embedded), parameters, batch, options)
+        padded = states[-1]
         if call is not None:
-            call.goes_with(padded, batch, output)
+            call.goes_with(padded, batch)
         if guards.TRANSFORMERS_5:
-            if states is not None:
+            if return_all:
                 guards.show_hidden_states(self, states)
             return BaseModelOutput(last_hidden_state=padded)
         # transformers 4 counts a group's layers as one.
-        chosen = None if states is None else tuple(states[:: config["inner_group_num"]])
+        chosen = tuple(states[:: config["inner_group_num"]]) if return_all else None
         result = BaseModelOutput(last_hidden_state=padded, hidden_states=chosen)
         return result if kwargs.get("return_dict", True) else result.to_tuple()
 
 
+def _states(hidden: Tensor, parameters: list[Tensor], batch: PackedBatch, options: EncoderOptions) -> list[Tensor]:
+    """The passes' outputs, padded, each in memory of its own: the last alone or, with return_all, the first pass's
+    input and the output of each."""
+    rows = (batch.cu_seqlens, batch.max_seqlen)
+    if not options.return_all:
+        return [batch.pad(ops.encoder(hidden, parameters, *rows, **options._asdict()))]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (hidden, *parameters)):
+        return [batch.pad(state.clone()) for state in ops.encoder(hidden, parameters, *rows, **options._asdict())]
+    # Pass by pass: a gradient at a state is there only where the passes after it go on from that very tensor.
+    states = [batch.pad(hidden)]
+    for layer in options.layer_of_pass():
+        own = parameters[layer * TENSORS_PER_LAYER : (layer + 1) * TENSORS_PER_LAYER]
+        seed = fresh_seed(options.hidden_dropout_p + options.attention_dropout_p, hidden.device)
+        one = options._replace(num_layers=1, num_groups=1, inner_group_num=1, return_all=False, seed=seed)
+        states.append(batch.pad(ops.encoder(batch.pack(states[-1]), own, *rows, **one._asdict())))
+    return states
+
+
 def _without_padding(output: Any, batch: PackedBatch, call: Call | None) -> Any:
-    """Who serves a call is not to be seen in it: zeros in the padding, and packed tokens for the masked-LM head."""
-    hidden = batch.pack(output[0])
-    padded = output[0] if batch.indices is None else batch.pad(hidden)
+    """Who serves a call is not to be seen in it: zeros in the padding, and the way for the masked-LM head."""
+    padded = output[0] if batch.indices is None else batch.pad(batch.pack(output[0]))
     if call is not None:
-        call.goes_with(padded, batch, hidden)
+        call.goes_with(padded, batch)
     if padded is output[0]:
         return output
     if isinstance(output, tuple):  # transformers 4

@@ -75,6 +75,7 @@ _LAYER: dict[str, Classes] = {
     **dict.fromkeys(("attention.LayerNorm", "full_layer_layer_norm"), _NORM),
     **dict.fromkeys(("attention.attention_dropout", "attention.output_dropout", "dropout"), _DROPOUT),
 }
+_PROJECTION: dict[str, Classes] = {"embedding_hidden_mapping_in": _LINEAR}
 _EMBEDDINGS: dict[str, Classes] = {
     **dict.fromkeys(("word_embeddings", "position_embeddings", "token_type_embeddings"), _EMBEDDING),
     "LayerNorm": _NORM,
@@ -99,7 +100,8 @@ def refusal(encoder: Any) -> str | None:
     if config["chunk_size_feed_forward"]:
         return "chunk_size_feed_forward is set"
     classes = {**_LAYER, "activation": (type(ACT2FN[activation]),)}
-    found = (_refusal_of_parts(layer, classes, encoder.training, name) for name, layer in _named_layers(encoder))
+    owners = [(encoder, _PROJECTION, ""), *((layer, classes, name) for name, layer in _named_layers(encoder))]
+    found = (_refusal_of_parts(owner, places, encoder.training, name) for owner, places, name in owners)
     return _refusal_of_context() or _first(found) or _differing(encoder)
 
 
@@ -112,11 +114,13 @@ def refusal_of_embeddings(embeddings: Any) -> str | None:
         getattr(t, "max_norm", None) or getattr(t, "scale_grad_by_freq", 0) or getattr(t, "sparse", 0) for t in tables
     ):
         return "a table of embeddings has max_norm, scale_grad_by_freq or sparse"
-    return _refusal_of_context() or _refusal_of_parts(embeddings, _EMBEDDINGS, embeddings.training)
+    return _refusal_of_context() or _refusal_of_parts(embeddings, _EMBEDDINGS, embeddings.training, casts=False)
 
 
 def refusal_of_mlm_head(head: Any) -> str | None:
-    """The same for an AlbertMLMHead. Its activation is called as it is."""
+    """The same for an AlbertMLMHead. Its activation is called as it is, whatever it is."""
+    if not _is_plain(head.activation):
+        return "activation has hooks, or a forward of its own"
     return _refusal_of_context() or _refusal_of_parts(head, _MLM_HEAD, head.training)
 
 
@@ -127,8 +131,14 @@ def _first(reasons: Iterable[str | None]) -> str | None:
 def _refusal_of_context() -> str | None:
     if torch.onnx.is_in_onnx_export():
         return "an export to ONNX, which has no such operator"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace, which cannot record the operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is at work"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation, which the operators do not have"
     return None
 
 
@@ -141,8 +151,11 @@ def _named_layers(encoder: Any) -> Iterator[tuple[str, Any]]:
             yield f"albert_layer_groups.{i}", group
 
 
-def _refusal_of_parts(owner: Any, classes: dict[str, Classes], training: bool, name: str = "") -> str | None:
-    device = None
+def _refusal_of_parts(
+    owner: Any, classes: dict[str, Classes], training: bool, name: str = "", casts: bool = True
+) -> str | None:
+    """casts: whether the operation takes parameters of several dtypes under autocast."""
+    first = None
     for place, expected in classes.items():
         module = _part(owner, place)
         reason = _refusal_of_module(module, expected, training)
@@ -152,13 +165,24 @@ def _refusal_of_parts(owner: Any, classes: dict[str, Classes], training: bool, n
                 if type(parameter) not in _PLAIN:
                     reason = f".{which} is no plain parameter"
                     break
-                device = device or parameter.device
-                if parameter.device != device:
-                    reason = f".{which} is on {parameter.device}, and the parameters before it on {device}"
+                first = parameter if first is None else first
+                if parameter.device != first.device:
+                    reason = f".{which} is on {parameter.device}, and the parameters before it on {first.device}"
+                    break
+                if parameter.dtype != first.dtype and not (casts and _is_autocast(first)):
+                    reason = f".{which} is {_dtype(parameter)}, and the parameters before it are {_dtype(first)}"
                     break
         if reason is not None:
             return ".".join(part for part in (name, place) if part) + reason
     return None
+
+
+def _is_autocast(parameter: Tensor) -> bool:
+    return torch.is_autocast_enabled(parameter.device.type)
+
+
+def _dtype(parameter: Tensor) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _part(owner: Any, place: str) -> Any:
@@ -173,12 +197,17 @@ def _refusal_of_module(module: Any, expected: Classes, training: bool) -> str | 
     if module is None:
         return " is missing"
     if type(module) not in expected:
-        return f" is a {type(module).__name__}, not a {expected[-1].__name__}"
+        return f" is a {_name(type(module), expected[-1])}, not a {_name(expected[-1], type(module))}"
     if not _is_plain(module):
         return " has hooks, or a forward of its own"
     if module.training != training:
         return f" is in {'training' if module.training else 'eval'} mode, and the module around it is not"
     return None
+
+
+def _name(of: type, beside: type) -> str:
+    """A class's name, with its module where the other one is called the same."""
+    return of.__name__ if of.__name__ != beside.__name__ else f"{of.__module__}.{of.__name__}"
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -194,15 +223,22 @@ def _is_plain(module: nn.Module) -> bool:
 def _differing(encoder: Any) -> str | None:
     """What one operation takes for all layers."""
     layers = layers_of(encoder)
+    projection = encoder.embedding_hidden_mapping_in.weight
     norms = [norm for layer in layers for norm in (layer.attention.LayerNorm, layer.full_layer_layer_norm)]
     found = {
+        "the feed-forward's width": {len(layer.ffn.weight) for layer in layers},
         "LayerNorm's eps": {norm.eps for norm in norms},
         "the attention's dropout": {layer.attention.attention_dropout.p for layer in layers},
         "the hidden dropout": {layer.attention.output_dropout.p for layer in layers},
     }
     config = fields_of(encoder.config)
-    if len(layers) != config["num_hidden_groups"] * config["inner_group_num"]:
+    groups, depth = config["num_hidden_groups"], config["num_hidden_layers"]
+    if len(layers) != groups * config["inner_group_num"]:
         return f"there are {len(layers)} layers, and the config has another number"
+    if not layers or depth < groups:
+        return f"num_hidden_layers is {depth}, in {groups} groups of {config['inner_group_num']}: one each is needed"
+    if not _is_autocast(projection):
+        found["the dtype"] = {projection.dtype, *(layer.ffn.weight.dtype for layer in layers)}
     # transformers 4 prunes heads, and knows of positions that are not absolute.
     if any(layer.attention.num_attention_heads != config["num_attention_heads"] for layer in layers):
         return "heads were pruned"
@@ -232,11 +268,11 @@ def _wants(what: str, kwargs: dict[str, Any]) -> bool:
     return collected is not None and what in collected
 
 
-def show_hidden_states(encoder: Any, states: Tensor) -> None:
+def show_hidden_states(encoder: Any, states: list[Tensor]) -> None:
     """Hands the input of the first pass and the output of each to transformers' own hooks.
 
     Args:
-        states: [passes + 1, batch, seq, hidden].
+        states: passes + 1 tensors [batch, seq, hidden].
     """
     config = encoder.config
     layers = layers_of(encoder)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.ops.checks import check, check_cu_seqlens, check_tensor, describe
+from albert_fast.ops.checks import check, check_cu_seqlens, check_tensor, describe, has_no_derivative
 from albert_fast.ops.dropout import check_dropout, keep_mask
 
 # ------------------------------------------------------------------------------------------------------- the reference
@@ -310,6 +310,7 @@ def _autograd(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def
 
 
 _attention_op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_attention_backward_op)
 
 
 # ---------------------------------------------------------------------------------------------------- public functions

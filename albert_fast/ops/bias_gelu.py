@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.ops.checks import check, check_tensor, describe
+from albert_fast.ops.checks import check, check_tensor, describe, has_no_derivative
 
 FORMS = ("tanh", "none", "relu")
 
@@ -75,6 +75,7 @@ def _autograd(ctx, grad_output):  # type: ignore[no-untyped-def]
 
 
 _bias_gelu_op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_bias_gelu_backward_op)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:

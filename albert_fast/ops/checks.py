@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def values_can_be_read(tensor: Tensor) -> bool:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether `tensor` has values that can be waited for: not while something is compiled, traced or recorded."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
         return False
     if type(tensor) is not Tensor and isinstance(tensor, torch._subclasses.FakeTensor):
         return False
@@ -69,6 +70,19 @@ def has_values(tensor: Tensor) -> bool:
 def is_being_recorded(tensor: Tensor) -> bool:
     """Whether what is done to `tensor` now becomes part of a CUDA graph: nothing may wait for its values."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def has_no_derivative(backward: torch.library.CustomOpDef) -> None:
+    """Lets a backward operator say what to do, where somebody differentiates it in turn."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{backward._qualname} has no derivative, and a second one was asked for: let PyTorch compute it "
+            "(transformers: albert_fast.hf.restore(model) and model.set_attn_implementation('eager'); albert_fast: "
+            "ALBERT_FAST_BACKEND=reference and torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+        )
+
+    backward.register_autograd(refuse)
 
 
 def check_ids(name: str, ids: Tensor, limit: int, what: str) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends
-from albert_fast.ops.checks import FLOATS, check_cu_seqlens, check_tensor
+from albert_fast.ops.checks import FLOATS, check_cu_seqlens, check_tensor, has_no_derivative
 from albert_fast.ops.dropout import check_dropout, dropout
 
 
@@ -174,6 +174,7 @@ def _autograd(ctx, grad_output):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_backward_op)
 
 
 def dropout_add_layer_norm(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from albert_fast import backends
 from albert_fast.ops import shared_table
-from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_ids, check_tensor, describe
+from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_ids, check_tensor, describe, has_no_derivative
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
 
@@ -249,6 +249,8 @@ def _autograd(ctx, grad_output):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_backward_op)
+has_no_derivative(_sparse_backward_op)
 
 
 def embed_layer_norm(

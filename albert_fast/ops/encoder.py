@@ -34,7 +34,7 @@ from albert_fast.activations import ACTIVATIONS
 from albert_fast.ops.attention import AttentionOptions, attention, attention_with_weights, check_bias
 from albert_fast.ops.attention import reference_backward as attention_backward
 from albert_fast.ops.attention import reference_forward as attention_forward
-from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor
+from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor, has_no_derivative
 from albert_fast.ops.dropout import check_dropout, dropout
 from albert_fast.ops.dropout_add_layer_norm import layer_norm_backward
 from albert_fast.ops.quantized_linear import quantized_linear, rounding_error
@@ -589,6 +589,7 @@ def _autograd(ctx, grad_output, _grad_kept):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_backward_op)
 
 
 # ----------------------------------------------------------------------------------------------------- public function

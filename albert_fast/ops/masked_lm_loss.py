@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from albert_fast import backends
 from albert_fast.ops import shared_table
-from albert_fast.ops.checks import FLOATS, check, check_ids, check_tensor, values_can_be_read
+from albert_fast.ops.checks import FLOATS, check, check_ids, check_tensor, has_no_derivative, values_can_be_read
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -271,6 +271,7 @@ def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+has_no_derivative(_backward_op)
 
 
 def masked_lm_loss(

@@ -1,12 +1,14 @@
 """`albert_fast.hf.accelerate` against transformers' own model: the numbers, and when it must stand aside."""
 
 import copy
+import itertools
 import pickle
 import statistics
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
 from albert_fast import ops
@@ -183,6 +185,47 @@ def test_hidden_states_by_index():
     assert served(fast, input_ids=input_ids)
 
 
+@pytest.mark.parametrize("head", ["AlbertModel", "AlbertForMaskedLM"])
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)], ids=["padded", "full"])
+def test_gradients_at_hidden_states(head, mask):
+    stock, inputs = model(getattr(transformers, head), **GROUPS), {"input_ids": ids(), "attention_mask": mask}
+    found = []
+    for some in (stock, fast_of(stock, strict=True)):
+        output = some(**inputs, output_hidden_states=True)
+        output[0][mask].square().sum().backward(inputs=list(output.hidden_states))
+        found.append([state.grad[mask] for state in output.hidden_states])
+    for expected, actual in zip(*found, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_hidden_states_in_training_have_dropout_of_their_own():
+    """Pass by pass, and no two passes drop the same."""
+    fast = fast_of(model(hidden_dropout_prob=0.5), strict=True).train()
+    with torch.no_grad():
+        for parameter in fast.encoder.parameters():
+            parameter.zero_()
+        for name, norm in fast.encoder.named_modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.weight.fill_(1.0)
+            if name.endswith("attention.dense"):
+                norm.bias.fill_(1.0)
+    states = fast(ids(), output_hidden_states=True).hidden_states[1:]
+    assert not any(torch.equal(one.sign(), other.sign()) for one, other in itertools.pairwise(states))
+
+
+def test_hidden_states_without_gradients_are_one_call(monkeypatch):
+    fast, calls = fast_of(model(), strict=True), []
+
+    class Ops:
+        encoder = staticmethod(lambda *args, **options: calls.append(1) or ops.encoder(*args, **options))
+
+    monkeypatch.setattr(hf_encoder, "ops", Ops)
+    with torch.no_grad():
+        assert len(fast(ids(), output_hidden_states=True).hidden_states) == 4
+    assert len(calls) == 1
+
+
 def test_attentions_are_transformers_own():
     stock, input_ids = model(implementation="eager"), ids()
     fast = fast_of(stock)
@@ -304,6 +347,92 @@ def test_what_was_changed_is_transformers_own(change):
         fast(input_ids)
 
 
+def mixed_norms(some):
+    for module in some.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+
+
+def groups_of_two_widths(some):
+    layer = some.encoder.albert_layer_groups[1].albert_layers[0]
+    layer.ffn, layer.ffn_output = nn.Linear(32, 40).to(layer.ffn.weight), nn.Linear(40, 32).to(layer.ffn.weight)
+    some.eval()
+
+
+def first_token_zeroed(some):
+    """By its place in [batch, seq, hidden]: packed tokens would not do."""
+    projection = some.encoder.embedding_hidden_mapping_in
+    projection.register_forward_hook(lambda m, args, output: output.index_fill(1, torch.tensor([0]), 0.0))
+
+
+MODELS = {
+    "LayerNorms in float32": (mixed_norms, {"dtype": torch.bfloat16}, "LayerNorm.weight is float32"),
+    "two widths": (groups_of_two_widths, {"num_hidden_layers": 4, "num_hidden_groups": 2}, "the feed-forward's width"),
+    "two dtypes": (lambda some: some.encoder.albert_layer_groups.float(), {}, "the dtype differs"),
+    "no layers": (lambda some: None, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    "more groups than layers": (lambda some: None, {"num_hidden_groups": 4}, "num_hidden_layers is 3, in 4 groups"),
+    "a hook on the projection": (first_token_zeroed, {}, "embedding_hidden_mapping_in has hooks"),
+}
+
+
+# What transformers does not serve, either.
+NOBODYS = ["two dtypes"] if TRANSFORMERS_5 else ["two dtypes", "more groups than layers"]
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_a_model_the_kernels_do_not_have_is_transformers_own(change):
+    apply, made_with, message = MODELS[change]
+    stock, inputs = model(**made_with), {"input_ids": ids(), "attention_mask": MASK.long()}
+    fast = fast_of(stock)
+    for some in (stock, fast):
+        torch.manual_seed(1)
+        apply(some)
+    (path,) = explain(fast) if change in NOBODYS else explain(fast, **inputs)
+    assert message in path.refusal
+    if change not in NOBODYS:
+        expected = stock(**inputs).last_hidden_state
+        tolerance = 2e-2 if "dtype" in made_with else 1e-9
+        torch.testing.assert_close(fast(**inputs).last_hidden_state[MASK], expected[MASK], rtol=0, atol=tolerance)
+
+
+def test_autocast_takes_parameters_of_several_dtypes():
+    stock, inputs = model(dtype=torch.float32, initializer_range=0.1), {"input_ids": ids(), "attention_mask": MASK}
+    expected = stock(**inputs).last_hidden_state[MASK]
+    fast = fast_of(stock, strict=True)
+    mixed_norms(fast.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = fast(**inputs).last_hidden_state[MASK]
+    assert relative_error(actual.float(), expected) < 0.1
+
+
+@pytest.mark.parametrize("head", ["AlbertModel", "AlbertForMaskedLM"])
+def test_forward_mode_differentiation_is_transformers_own(head):
+    stock, direction = model(getattr(transformers, head), "eager"), torch.randn(3, 11, 16, dtype=torch.float64)
+    tangents = []
+    for some in (stock, fast_of(stock)):
+        with torch.no_grad(), forward_ad.dual_level():
+            embeds = forward_ad.make_dual(some.get_input_embeddings()(torch.arange(5, 38).view(3, 11)), direction)
+            tangents.append(forward_ad.unpack_dual(some(inputs_embeds=embeds)[0]).tangent)
+    torch.testing.assert_close(tangents[1], tangents[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["AlbertModel", "AlbertForMaskedLM"])
+def test_second_derivatives_say_how(head):
+    fast = fast_of(model(getattr(transformers, head), dtype=torch.float32))
+
+    def penalty() -> Tensor:
+        loss = fast(ids(), labels=ids()).loss if head == "AlbertForMaskedLM" else fast(ids())[0].square().sum()
+        grads = torch.autograd.grad(loss, list(fast.parameters()), create_graph=True, allow_unused=True)
+        return sum(grad.square().sum() for grad in grads if grad is not None)
+
+    with pytest.raises(NotImplementedError, match=r"restore\(model\) and model.set_attn_implementation\('eager'\)"):
+        penalty().backward()
+    if TRANSFORMERS_5:
+        restore(fast).set_attn_implementation("eager")
+        penalty().backward()
+        assert fast.get_input_embeddings().weight.grad.any()
+
+
 def _sharded(_rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -330,7 +459,9 @@ def test_int8_by_pytorch_is_transformers_own():
     expected = quantized(input_ids).last_hidden_state
     # The embeddings are this package's: what they round otherwise may fall on the other side of an 8-bit step.
     assert relative_error(accelerate(quantized)(input_ids).last_hidden_state, expected) < 0.03
-    assert explain(quantized, input_ids=input_ids)[0].refusal is not None
+    refusal = explain(quantized, input_ids=input_ids)[0].refusal
+    assert "is a torch.ao.nn.quantized.dynamic" in refusal
+    assert "not a torch.nn.modules.linear.Linear" in refusal
 
 
 # ------------------------------------------------------------------------------------------------ what stays as it was

@@ -168,3 +168,17 @@ QUERY = torch.randn(2, 3, 5, 8)
 def test_errors(mask, options, message):
     with pytest.raises(ValueError, match=message):
         hf_attention.attention_forward(torch.nn.Module(), QUERY, QUERY, QUERY, mask, **options)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@transformers_5
+def test_a_trace_is_of_sdpa(dtype):
+    """Of whichever rows it was made, in both dtypes: kernels serve the one alone."""
+    ours = with_ours(encoder("BertModel")).to(dtype)
+    ours.config.return_dict = False
+    input_ids = ids()
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (input_ids, torch.ones_like(input_ids)), check_trace=False)
+        actual, expected = (some(input_ids, MASK.long())[0][MASK] for some in (traced, ours))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)

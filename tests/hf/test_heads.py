@@ -1,6 +1,7 @@
 """Accelerated heads: losses of labelled positions, by `num_items_in_batch`, without logits; answers in the padding."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from albert_fast import ops
 from albert_fast.hf import NotAcceleratedError, accelerate, explain, restore
 from albert_fast.hf import heads as hf_heads
+from albert_fast.hf.guards import TRANSFORMERS_5
 from hf.albert import HEADS, LENGTHS, MASK, fast_of, ids, inputs_of, model, transformers, transformers_5
 
 MASKED_LM = ("AlbertForMaskedLM", "AlbertForPreTraining")
@@ -91,10 +93,12 @@ def test_compiles_to_one_graph(head, skip_logits):
     fast = fast_of(model(getattr(transformers, head), dtype=torch.float32), strict=True, skip_logits=skip_logits)
     inputs = {**inputs_of(head), "attention_mask": MASK.long()}
     if head in MASKED_LM:
-        inputs["num_items_in_batch"] = torch.tensor(20)
-    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(**inputs), fast(**inputs)
+        inputs |= {"num_items_in_batch": torch.tensor(20), "output_hidden_states": True}
+    expected = fast(**inputs)  # first, for transformers hangs its hooks on under a lock
+    actual = torch.compile(fast, fullgraph=True, backend="aot_eager")(**inputs)
     assert actual.keys() == expected.keys()
+    for state in actual.hidden_states or ():
+        assert not any(vars(state).values())
     torch.testing.assert_close(actual.loss, expected.loss)
     for one, other in zip(gradients(fast, actual.loss), gradients(fast, expected.loss), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -145,13 +149,27 @@ def change_hidden(some: nn.Module) -> None:
     )
 
 
+def _halve(module: nn.Module, args: tuple, output: transformers.utils.ModelOutput) -> None:
+    output.last_hidden_state.mul_(0.5)
+
+
+def change_hidden_in_place(some: nn.Module) -> None:
+    some.albert.encoder.register_forward_hook(_halve)
+
+
+def hook_activation(some: nn.Module) -> None:
+    some.predictions.activation.register_forward_hook(lambda m, args, output: output.cumsum(1))
+
+
 def change_activation(some: nn.Module) -> None:
     some.predictions.activation = nn.ReLU()
 
 
 @transformers_5
 @pytest.mark.parametrize("num_items", [None, 20])
-@pytest.mark.parametrize("change", [change_head, change_hidden, change_activation])
+@pytest.mark.parametrize(
+    "change", [change_head, change_hidden, change_hidden_in_place, hook_activation, change_activation]
+)
 def test_what_was_changed_in_between_counts(change, num_items):
     """By whichever way the loss comes."""
     stock, inputs = model(transformers.AlbertForMaskedLM), inputs_of("AlbertForMaskedLM")
@@ -165,6 +183,91 @@ def test_what_was_changed_in_between_counts(change, num_items):
         expected = expected * (inputs["labels"] != -100).sum() / num_items
     actual = fast(**inputs, num_items_in_batch=num_items).loss
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
+@transformers_5
+def test_what_was_changed_in_place_counts_in_inference_mode():
+    stock, input_ids = model(transformers.AlbertForMaskedLM), ids()
+    fast = fast_of(stock, strict=True)
+    with torch.inference_mode():
+        before = fast(input_ids, MASK).logits
+        for some in (stock, fast):
+            change_hidden_in_place(some)
+        expected, actual = (some(input_ids, MASK).logits for some in (stock, fast))
+    torch.testing.assert_close(actual[MASK], expected[MASK], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(actual, before)
+
+
+@pytest.mark.parametrize("head", ["AlbertForMaskedLM", "AlbertForTokenClassification", "AlbertForQuestionAnswering"])
+def test_hooks_before_find_arguments_where_they_were(head):
+    fast, inputs = fast_of(model(getattr(transformers, head))), inputs_of(head)
+    seen = []
+    fast.register_forward_pre_hook(lambda m, args: seen.append(args))
+    labels = list(HEADS[head].values())
+    by_place = (inputs["input_ids"], inputs["attention_mask"], inputs["token_type_ids"], None, None, *labels)
+    if not TRANSFORMERS_5:
+        by_place = (*by_place[:4], None, *by_place[4:])  # head_mask
+    torch.testing.assert_close(fast(*by_place).loss, fast(**inputs).loss)
+    assert len(seen[0]) == len(by_place)
+    assert all(seen[0][place] is value for place, value in enumerate(by_place[:3]))
+    assert seen[1] == ()
+
+
+@pytest.mark.parametrize("head", MASKED_LM)
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_hooks_after_see_what_transformers_gives(head, as_dict):
+    stock, inputs = model(getattr(transformers, head)), inputs_of(head)
+    seen = []
+    stock.register_forward_hook(lambda m, args, output: seen.append((type(output), output[0])))
+    fast = fast_of(stock)
+    for some in (stock, fast):
+        some(**inputs, return_dict=as_dict)
+    (expected_type, expected), (actual_type, actual) = seen
+    assert actual_type is expected_type
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)], ids=["padded", "full"])
+def test_hidden_states_are_plain_tensors_of_their_own(gradients, mask):
+    fast = fast_of(model(transformers.AlbertForMaskedLM), strict=True)
+    kept = []
+    fast.albert.encoder.register_forward_hook(lambda m, args, output: kept.append(output[0]))
+    with torch.set_grad_enabled(gradients):
+        states = fast(ids(), mask, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    file = io.BytesIO()
+    torch.save([kept[0], *states], file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)[2], states[1])
+    assert len({state.untyped_storage().data_ptr() for state in states}) == 4
+    row = states[0][0, 0].nbytes
+    assert all(state.untyped_storage().nbytes() <= state.nbytes + row for state in states)
+
+
+class Around(nn.Module):
+    """Takes what a call of transformers without further arguments gives."""
+
+    def __init__(self, albert: nn.Module) -> None:
+        super().__init__()
+        self.inner = albert
+
+    def forward(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True):
+        output = self.inner(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return output if return_dict else output.to_tuple()
+
+
+@transformers_5
+@pytest.mark.parametrize("head", ["AlbertForMaskedLM", "AlbertForSequenceClassification", "AlbertForQuestionAnswering"])
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_module_around_the_base_model(head, as_dict):
+    stock, inputs = model(getattr(transformers, head)), inputs_of(head)
+    fast = fast_of(stock, strict=True)
+    for some in (stock, fast):
+        some.albert = Around(some.albert)
+    expected, actual = (some(**inputs, return_dict=as_dict) for some in (stock, fast))
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=0)
 
 
 @transformers_5
@@ -217,6 +320,21 @@ def test_answers_are_never_in_the_padding():
     assert [torch.equal(one, other) for one, other in zip(in_place, together.values(), strict=True)] == [True] * 3
     padded = fast_of(stock, strict=True, unpad=False)
     torch.testing.assert_close(padded(**inputs).loss, stock(**inputs).loss, rtol=1e-10, atol=0)
+
+
+def test_answers_in_the_padding_do_not_count():
+    """As a label 0 before padding on the left."""
+    fast = fast_of(model(transformers.AlbertForQuestionAnswering), strict=True)
+    input_ids, mask = ids(), MASK.flip(1)
+    inputs = {"start_positions": torch.tensor([0, 0, 11]), "end_positions": torch.tensor([5, 9, 10])}
+    output = fast(input_ids, attention_mask=mask, **inputs)
+    start = nn.functional.cross_entropy(output.start_logits[:1], inputs["start_positions"][:1])
+    end = nn.functional.cross_entropy(output.end_logits, inputs["end_positions"])
+    torch.testing.assert_close(output.loss, (start + end) / 2, rtol=1e-10, atol=0)
+    beyond = torch.tensor([11, 0, 0])
+    nothing = fast(input_ids, attention_mask=mask, start_positions=beyond, end_positions=beyond).loss
+    assert nothing == 0.0
+    assert not any(g.any() for g in gradients(fast, nothing))
 
 
 def test_restore_takes_the_hooks_away():

@@ -190,7 +190,7 @@ def test_lora_inside_the_layer_is_transformers_own(first, stock):
     expected.eval()
     fast.eval()
     (path,) = explain(fast, input_ids=input_ids)
-    assert "query is a Linear" in path.refusal
+    assert "query is a peft.tuners.lora.layer.Linear" in path.refusal
     theirs, ours = (some(input_ids=input_ids, attention_mask=MASK, labels=labels) for some in (expected, fast))
     torch.testing.assert_close(ours.logits[MASK], theirs.logits[MASK], rtol=1e-4, atol=1e-4)
     assert not TRANSFORMERS_5 or not ours.logits[~MASK].any()  # who serves is not to be seen
@@ -326,6 +326,23 @@ def test_onnx_is_transformers_graph(dynamo, tmp_path):
     assert served(fast, input_ids=input_ids)  # as before
     (logits,) = onnxruntime.InferenceSession(path).run(["logits"], {"input_ids": input_ids.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), stock(input_ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("head", ["AlbertForSequenceClassification", "AlbertForMaskedLM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trace_is_transformers_graph(head, dtype):
+    """Of whichever rows it was made, in both dtypes: kernels serve the one alone."""
+    fast = fast_of(model(getattr(transformers, head), dtype=dtype))
+    fast.config.return_dict = False
+    input_ids = ids()
+    with torch.no_grad():
+        traced = torch.jit.trace(fast, (input_ids, torch.ones_like(input_ids)), check_trace=False)
+        actual, expected = (some(input_ids, MASK.long())[0] for some in (traced, fast))
+    assert served(fast, input_ids=input_ids, attention_mask=MASK)  # as before
+    if head == "AlbertForMaskedLM":
+        actual, expected = actual[MASK], expected[MASK]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- threads and workers

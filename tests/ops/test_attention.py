@@ -305,7 +305,8 @@ def test_compiled_with_any_number_of_tokens(variant, device):
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for lengths in ([3, 0, 5], [2, 7, 4], [9, 1, 1]):
-        case = Case(lengths, random.sample(lengths, 3), device=device, site=4, **VARIANTS[variant])
+        # Never so few keys that the mask may leave each query one: the gradient would be zero but for rounding.
+        case = Case(lengths, random.sample([4, 9, 6], 3), device=device, site=4, **VARIANTS[variant])
         options = dict(case.options)
         if "bias" in options:
             options["bias"] = F.pad(options["bias"], (0, 16 - case.max_k, 0, 16 - case.max_q))
