@@ -9,6 +9,9 @@ head_dim], logsumexp [heads, tokens_q] in float32 (float64 for float64 inputs; -
 
 Precision: scores and softmax are in float32 at least; in bfloat16 and float16 the probabilities are rounded to the
 input's type before the product with V, as in every flash-attention kernel (Dao, arXiv 2307.08691, section 3).
+Backward computes the probabilities again from logsumexp. Where all keys of a query have a large negative bias, that has
+no digits left for their number: the gradient through such a query is off by 4e-4 at -1e4, and by a factor beyond -1e7;
+PyTorch's is right. Mask with -inf, or leave such queries out of the loss, as padded ones are.
 
 Dropout (Srivastava et al., applied to the probabilities as in Devlin et al., arXiv 1810.04805) draws the mask of
 `albert_fast.ops.dropout`: the same for every backend.
