@@ -21,7 +21,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 _NOT_GIVEN: Any = None
 
-_SIZES = (
+SIZES = (
     "vocab_size",
     "embedding_size",
     "hidden_size",
@@ -156,7 +156,7 @@ class AlbertConfig:
 
     def validate(self) -> None:
         """Check every field. Raises ConfigError: the field, its value, what was expected, how to mend it."""
-        for name in _SIZES:
+        for name in SIZES:
             if not _is_int(value := getattr(self, name)) or value < 1:
                 raise _refuse(name, value, "an int of at least 1", "write it as a plain whole number")
         for name in _PROBABILITIES:

@@ -188,7 +188,7 @@ class _Places:
     def modes(self, training: bool) -> tuple[bool, ...]:
         """Which modules are in training mode; where gradients are asked for, of which tensors."""
         trained = [names[name].requires_grad for names, name in self._tensors] if training else []
-        return (training, *(module.training for module in self._modules), *trained)
+        return (training, *[module.training for module in self._modules], *trained)
 
     def changed(self) -> bool:
         """Whether a tensor lies elsewhere, or there are other tensors or modules."""

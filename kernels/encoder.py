@@ -55,15 +55,11 @@ _OF_PRODUCTS = ("qkv_weight", "qkv_bias", "dense_weight", "ffn_weight", "ffn_bia
 
 def _layers(parameters: list[Tensor], dtype: torch.dtype) -> list[Layer]:
     """Cast once for all passes, and contiguous. Not cached: a captured graph has to follow the parameters."""
-    return [
-        Layer(
-            *(
-                tensor.to(dtype if name in _OF_PRODUCTS else tensor.dtype).contiguous()
-                for name, tensor in layer._asdict().items()
-            )
-        )
-        for layer in layers_of(parameters)
-    ]
+    layers = []
+    for layer in layers_of(parameters):
+        cast = layer._replace(**{name: getattr(layer, name).to(dtype) for name in _OF_PRODUCTS})
+        layers.append(Layer(*[tensor.contiguous() for tensor in cast]))
+    return layers
 
 
 class _Kept(NamedTuple):

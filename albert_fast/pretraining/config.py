@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from albert_fast.config import _SIZES, AlbertConfig
+from albert_fast.config import SIZES, AlbertConfig
 from albert_fast.ops.checks import check
 from albert_fast.ops.encoder import RECOMPUTE
 from albert_fast.pretraining.initialization import INITIALIZATIONS
@@ -119,7 +119,7 @@ class ModelOptions:
 
     def _check_overrides(self, of_weights: AlbertConfig) -> None:
         """What shapes the model is the checkpoint's: shared weights would fit another number of layers, too."""
-        for name in _SIZES:
+        for name in SIZES:
             found = getattr(of_weights, name)
             value = self.overrides.get(name, found)
             check(
