@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albert_fast import backends, kept_memory, native
-from albert_fast.ops.attention import AttentionOptions
+from albert_fast.ops.attention import AttentionOptions, logsumexp_shape
 from albert_fast.ops.embed_layer_norm import check_all_ids
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions, kept_shapes
 from albert_fast.ops.masked_lm_loss import gradient_of_losses, nothing_kept, reduced
@@ -270,7 +270,8 @@ def _attention(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, head_dim = query.shape
-    output, logsumexp = query.new_empty(tokens, heads * head_dim), query.new_empty(heads, tokens, dtype=torch.float32)
+    output = query.new_empty(tokens, heads * head_dim)
+    logsumexp = query.new_empty(logsumexp_shape(heads, tokens, options.bias), dtype=torch.float32)
     torch.ops.albert_fast_native.attention(
         *map(_rows, (query, key, value)),
         cu_seqlens_q.contiguous(),

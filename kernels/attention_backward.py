@@ -41,7 +41,7 @@ from albert_fast.kernels.attention_tile import (
     visible,
 )
 from albert_fast.kernels.launch import cdiv, dot_precision, launch, next_power_of_2
-from albert_fast.ops.attention import AttentionOptions
+from albert_fast.ops.attention import AttentionOptions, logsumexp_shape
 
 _NOT_SPECIALIZED = ["tokens_q", "tokens_k", "batch", "heads", "max_seqlen_q", "max_seqlen_k", "site", "keep_limit"]
 
@@ -64,6 +64,23 @@ def _exponent(logsumexp, begin, queries, length):
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
 
+@triton.jit
+def _exponents(logsumexp, heads, head, tokens_q, begin, queries, length):
+    """With a bias, whose logsumexp is in two parts: as `_exponent`, and what is subtracted after that."""
+    logsumexp += head * tokens_q + begin
+    largest = tl.load(logsumexp + queries, mask=queries < length, other=float("-inf"))
+    of_sum = tl.load(logsumexp + heads * tokens_q + queries, mask=queries < length, other=0.0)
+    none = largest == float("-inf")
+    return tl.where(none, float("inf"), largest), tl.where(none, 0.0, of_sum)
+
+
+@triton.jit
+def _probabilities_in_parts(scores, exponent, of_sum):
+    """A score may be more than the largest where products were added up in another order than in the forward: by one
+    rounding of it, which of a large one is not little."""
+    return tl.exp2(tl.minimum(scores - exponent, 0.0) - of_sum)
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def grad_query_kernel(
     query,
@@ -71,9 +88,9 @@ def grad_query_kernel(
     value,
     output,
     grad_output,
-    logsumexp,  # [heads, tokens_q], float32
-    exponent,  # [heads, padded_q], float32, written: what `_exponent` gives
-    delta,  # the same, written: rowsum(dO O)
+    logsumexp,  # [heads, tokens_q], with a bias [2, heads, tokens_q], float32
+    exponent,  # [heads, padded_q], with a bias [2, heads, padded_q], float32, written: what `_exponent(s)` gives
+    delta,  # [heads, padded_q], float32, written: rowsum(dO O)
     grad_query,
     cu_seqlens_q,
     cu_seqlens_k,
@@ -141,8 +158,14 @@ def grad_query_kernel(
     o = load_tile(output, begin_q, first_q, length_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
     row_delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), axis=1)  # [M]
     queries = first_q + tl.arange(0, BLOCK_M)
-    row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
     padded_begin = head64 * padded_q + _padded_begin(begin_q, row)
+    if bias is not None:
+        heads64 = tl.cast(heads, tl.int64)
+        row_exponent, row_of_sum = _exponents(logsumexp, heads64, head64, tokens_q, begin_q, queries, length_q)
+        of_sum = exponent + heads64 * padded_q
+        tl.store(of_sum + padded_begin + queries, row_of_sum)
+    else:
+        row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
     tl.store(exponent + padded_begin + queries, row_exponent)
     tl.store(delta + padded_begin + queries, row_delta)
     if first_q + BLOCK_M >= length_q:
@@ -151,6 +174,8 @@ def grad_query_kernel(
         inside = others < tl.cdiv(length_q, PADDING) * PADDING
         tl.store(exponent + padded_begin + others, tl.full((PADDING,), float("inf"), tl.float32), mask=inside)
         tl.store(delta + padded_begin + others, tl.zeros((PADDING,), tl.float32), mask=inside)
+        if bias is not None:
+            tl.store(of_sum + padded_begin + others, tl.zeros((PADDING,), tl.float32), mask=inside)
 
     # All queries of the tile see the keys before `full`, some see those before `end`.
     full = length_k
@@ -197,7 +222,10 @@ def grad_query_kernel(
                 bias_stride_k,
             )
             unit = 1.0
-        probabilities = tl.exp2(products * unit - row_exponent[:, None])
+        if bias is not None:
+            probabilities = _probabilities_in_parts(products, row_exponent[:, None], row_of_sum[:, None])
+        else:
+            probabilities = tl.exp2(products * unit - row_exponent[:, None])
         if first_k + BLOCK_N > full:
             inside = visible(queries[:, None], keys[None, :], length_q, length_k, CAUSAL)
             probabilities = tl.where(inside, probabilities, 0.0)
@@ -234,9 +262,9 @@ def grad_key_value_kernel(
     value,
     output,  # None without WHOLE_ROWS
     grad_output,
-    logsumexp,  # [heads, tokens_q], float32
-    exponent,  # [heads, padded_q], float32, of grad_query_kernel; None with WHOLE_ROWS
-    delta,  # the same
+    logsumexp,  # [heads, tokens_q], float32; read with WHOLE_ROWS
+    exponent,  # exponent and delta of grad_query_kernel; None with WHOLE_ROWS
+    delta,
     grad_query,  # None without WHOLE_ROWS
     grad_key,
     grad_value,
@@ -280,7 +308,7 @@ def grad_key_value_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,  # BLOCK_N >= max_seqlen_k
+    WHOLE_ROWS: tl.constexpr,  # BLOCK_N >= max_seqlen_k, and no bias
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -344,6 +372,8 @@ def grad_key_value_kernel(
             row_exponent = _exponent(logsumexp, head64 * tokens_q + begin_q, queries, length_q)
         else:
             row_exponent = tl.load(exponent + queries)
+            if bias is not None:
+                row_of_sum = tl.load(exponent + tl.cast(heads, tl.int64) * padded_q + queries)
         products = product(
             k,
             key,
@@ -377,7 +407,10 @@ def grad_key_value_kernel(
             )
             unit = 1.0
         # Zero for queries beyond the row. Keys beyond it are not stored, but must not reach the queries' gradients.
-        probabilities = tl.exp2(products * unit - row_exponent[None, :])
+        if bias is not None:
+            probabilities = _probabilities_in_parts(products, row_exponent[None, :], row_of_sum[None, :])
+        else:
+            probabilities = tl.exp2(products * unit - row_exponent[None, :])
         if (CAUSAL and first_q < full) or (WHOLE_ROWS and length_k < BLOCK_N):
             inside = visible(queries[None, :], keys[:, None], length_q, length_k, CAUSAL)
             probabilities = tl.where(inside, probabilities, 0.0)
@@ -522,11 +555,12 @@ def _padded(tokens_q: int, batch: int) -> int:
     return (tokens_q // PADDING.value + batch) * PADDING.value
 
 
-def memory_between(query: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def memory_between(query: Tensor, batch: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the first of two kernels leaves for the second: exponent and delta of each row of scores, float32."""
     tokens_q, heads, _ = query.shape
-    exponent, delta = query.new_empty(2, heads, _padded(tokens_q, batch), dtype=torch.float32)
-    return exponent, delta
+    padded = _padded(tokens_q, batch)
+    exponent = query.new_empty(logsumexp_shape(heads, padded, bias), dtype=torch.float32)
+    return exponent, query.new_empty(heads, padded, dtype=torch.float32)
 
 
 def attention_backward(
@@ -587,7 +621,7 @@ def attention_backward(
     whole = whole_tiles is not None
     exponent = delta = None
     if not whole:
-        exponent, delta = memory_between(query, batch) if between is None else between
+        exponent, delta = memory_between(query, batch, options.bias) if between is None else between
         launch(
             grad_query_kernel,
             lambda blocks: (heads * slots(tokens_q, batch, max_seqlen_q, blocks["BLOCK_M"]),),

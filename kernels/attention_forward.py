@@ -35,7 +35,7 @@ from albert_fast.kernels.attention_tile import (
     visible,
 )
 from albert_fast.kernels.launch import dot_precision, launch, next_power_of_2
-from albert_fast.ops.attention import AttentionOptions
+from albert_fast.ops.attention import AttentionOptions, logsumexp_shape
 
 
 @triton.jit(
@@ -46,7 +46,7 @@ def attention_kernel(
     key,
     value,
     output,
-    logsumexp,  # [heads, tokens_q], float32
+    logsumexp,  # [heads, tokens_q], with a bias [2, heads, tokens_q], float32
     cu_seqlens_q,
     cu_seqlens_k,
     bias,
@@ -95,7 +95,10 @@ def attention_kernel(
     if beyond < tokens_q:
         store_zeros(output, beyond, tokens_q, output_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
         tokens = beyond + tl.arange(0, BLOCK_M)
-        tl.store(logsumexp + tokens, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=tokens < tokens_q)
+        no_key = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        tl.store(logsumexp + tokens, no_key, mask=tokens < tokens_q)
+        if bias is not None:
+            tl.store(logsumexp + tl.cast(heads, tl.int64) * tokens_q + tokens, no_key, mask=tokens < tokens_q)
     first_q = tile * BLOCK_M
     if first_q >= length_q:
         return
@@ -181,10 +184,16 @@ def attention_kernel(
         factor *= dropout_scale
     accumulator = accumulator * factor[:, None]
     store_tile(output, begin_q, first_q, length_q, output_stride, accumulator, BLOCK_M, HEAD_DIM, BLOCK_D)
-    # Not of the sum of both: it would be rounded, too.
-    of_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)) * LN2
-    result = tl.where(row_sum == 0.0, float("-inf"), row_max * LN2 + of_sum)
-    tl.store(logsumexp + begin_q + queries, result, mask=queries < length_q)
+    of_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
+    logsumexp += begin_q
+    if bias is not None:
+        of_sum = tl.where(row_sum == 0.0, float("-inf"), of_sum)
+        tl.store(logsumexp + queries, row_max, mask=queries < length_q)
+        tl.store(logsumexp + tl.cast(heads, tl.int64) * tokens_q + queries, of_sum, mask=queries < length_q)
+    else:
+        # Not of the sum of both: it would be rounded, too.
+        result = tl.where(row_sum == 0.0, float("-inf"), row_max * LN2 + of_sum * LN2)
+        tl.store(logsumexp + queries, result, mask=queries < length_q)
 
 
 # Small tiles leave room for several programs a multiprocessor: the softmax of one then hides behind the products of
@@ -237,13 +246,13 @@ def attention(
     out: Tensor | None = None,
     logsumexp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp; written to `out` [tokens_q, heads * head_dim], any row stride, and `logsumexp`
-    [heads, tokens_q], contiguous, where they are given."""
+    """Output and logsumexp; written to `out` [tokens_q, heads * head_dim], any row stride, and `logsumexp`,
+    contiguous, where they are given."""
     tokens_q, heads, head_dim = query.shape
     batch = cu_seqlens_q.numel() - 1
     output = query.new_empty(tokens_q, heads * head_dim) if out is None else out
     if logsumexp is None:
-        logsumexp = query.new_empty(heads, tokens_q, dtype=torch.float32)
+        logsumexp = query.new_empty(logsumexp_shape(heads, tokens_q, options.bias), dtype=torch.float32)
     # The kernel takes the largest score to be that of the largest product.
     query, key, value = rows(-query if options.scale < 0.0 else query), rows(key), rows(value)
     launch(

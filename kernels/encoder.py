@@ -34,7 +34,7 @@ from albert_fast.kernels.launch import cdiv, memory_bytes
 from albert_fast.kernels.layer_norm_backward import programs_of as layer_norm_programs
 from albert_fast.kernels.products import Products
 from albert_fast.kernels.repeated import Repeated
-from albert_fast.ops.attention import AttentionOptions
+from albert_fast.ops.attention import AttentionOptions, logsumexp_shape
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, EncoderOptions, Layer, layers_of
 
 # A weight gradient of ALBERT base has 18 to 72 tiles of 128 x 256, fewer than a large GPU has multiprocessors: over few
@@ -67,7 +67,7 @@ class _Kept(NamedTuple):
 
     qkv: Tensor  # [tokens, 3 hidden]
     context: Tensor  # [tokens, hidden]
-    logsumexp: Tensor  # [heads, tokens]
+    logsumexp: Tensor  # [heads, tokens], with a bias [2, heads, tokens]
     summed: Tensor  # [tokens, hidden], input of the first LayerNorm
     output_summed: Tensor  # [tokens, hidden], input of the second
     statistics: Tensor  # [2, 2, tokens]: of the first and of the second, mean and 1 / standard deviation
@@ -79,12 +79,14 @@ class _Kept(NamedTuple):
         return [_Kept(*of_pass) for of_pass in zip(*parts, strict=True)]
 
 
-def _pass_shapes(hidden: Tensor, intermediate: int, num_heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _pass_shapes(
+    hidden: Tensor, intermediate: int, options: EncoderOptions
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     tokens, width = hidden.shape
     return {
         "qkv": ((tokens, 3 * width), hidden.dtype),
         "context": ((tokens, width), hidden.dtype),
-        "logsumexp": ((num_heads, tokens), torch.float32),
+        "logsumexp": (logsumexp_shape(options.num_heads, tokens, options.bias), torch.float32),
         "summed": ((tokens, width), hidden.dtype),
         "output_summed": ((tokens, width), hidden.dtype),
         "statistics": ((2, 2, tokens), torch.float32),
@@ -100,7 +102,7 @@ def kept_shapes(
     passes = len(options.layer_of_pass())
     if options.recompute == "layer":
         return [((passes, *hidden.shape), hidden.dtype)]
-    shapes = _pass_shapes(hidden, parameters[10].shape[0], options.num_heads)
+    shapes = _pass_shapes(hidden, parameters[10].shape[0], options)
     if options.recompute == "ffn":
         del shapes["inner"]
     return [(tuple(hidden.shape), hidden.dtype), *(((passes, *shape), dtype) for shape, dtype in shapes.values())]
@@ -149,7 +151,7 @@ class _Loop:
 
     def forward_memory(self) -> _Kept:
         """For passes of which nothing is kept."""
-        shapes = _pass_shapes(self.like, self.intermediate, self.options.num_heads)
+        shapes = _pass_shapes(self.like, self.intermediate, self.options)
         return _Kept(*(self.like.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()))
 
     def forward_pass(self, index: int, x: Tensor, kept: _Kept, y: Tensor, h: Tensor, wide: Tensor | None) -> None:
@@ -522,7 +524,7 @@ def encoder_backward(
     gradients = [_LayerGradients(loop) for _ in loop.layers]
     runs = list(_runs(loop.layer_of_pass, _most_gathered(loop)))
     gathered = _Gathered.empty(loop, max(last - first for first, last in runs))
-    loop.between = memory_between(loop.split(gathered.grad_qkv[0])[0], cu_seqlens.numel() - 1)
+    loop.between = memory_between(loop.split(gathered.grad_qkv[0])[0], cu_seqlens.numel() - 1, options.bias)
     if options.recompute == "layer":
         again, context = loop.forward_memory(), loop.empty(loop.width, gathered.x.shape[0])
         y, h = loop.empty(loop.width), loop.empty(loop.width)

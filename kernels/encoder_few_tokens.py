@@ -40,6 +40,7 @@ from albert_fast.kernels.few_tokens_product import GROUP, Workspace, few_tokens_
 from albert_fast.kernels.launch import cdiv, launch
 from albert_fast.kernels.layer_norm_backward import block_of, row_tiles
 from albert_fast.kernels.repeated import Repeated
+from albert_fast.ops.attention import logsumexp_shape
 from albert_fast.ops.encoder import FUSED_ACTIVATIONS, TENSORS_PER_LAYER, EncoderOptions
 
 MOST_TOKENS = 256  # beyond, cuBLAS's larger tiles read less
@@ -242,7 +243,8 @@ def encoder_few_tokens(
     of_any_lengths: tuple[Tensor | None, ...] = None, None, None, None
     if not attention_serves(qkv, cu_seqlens, heads, options.attention(0, width // heads)):
         query, key, value = qkv.view(tokens, 3, heads, width // heads).unbind(1)
-        of_any_lengths = query, key, value, hidden.new_empty(heads, tokens, dtype=torch.float32)
+        logsumexp = hidden.new_empty(logsumexp_shape(heads, tokens, options.bias), dtype=torch.float32)
+        of_any_lengths = query, key, value, logsumexp
     statistics, output_statistics = hidden.new_empty(2, 2, tokens, cdiv(width, GROUP), dtype=torch.float32)
     memory = _Memory(
         qkv,
@@ -301,7 +303,7 @@ class _Memory(NamedTuple):
     """What all passes write and read."""
 
     qkv: Tensor  # [tokens, 3 width]
-    query: Tensor | None  # views of it, and logsumexp [heads, tokens], where attention is that of any lengths
+    query: Tensor | None  # views of it, and logsumexp, where attention is that of any lengths
     key: Tensor | None
     value: Tensor | None
     logsumexp: Tensor | None

@@ -5,13 +5,14 @@ last offset belong to no row: their output is zero, and so is their gradient. So
 attend to no key at all (every score -inf, or a row without keys): never NaN.
 
 Shapes: query [tokens_q, heads, head_dim], key and value [tokens_k, heads, head_dim], output [tokens_q, heads *
-head_dim], logsumexp [heads, tokens_q] in float32 (float64 for float64 inputs; -inf where a query has no key).
+head_dim], logsumexp [heads, tokens_q] in float32 (float64 for float64 inputs; -inf where a query has no key). With a
+bias, logsumexp is in two parts, [2, heads, tokens_q], both in units of ln 2: the largest score, and the logarithm of
+the sum of exp(score - largest). Where all keys of a query have a large negative bias, one number for both would have no
+digits left for the second.
 
 Precision: scores and softmax are in float32 at least; in bfloat16 and float16 the probabilities are rounded to the
 input's type before the product with V, as in every flash-attention kernel (Dao, arXiv 2307.08691, section 3).
-Backward computes the probabilities again from logsumexp. Where all keys of a query have a large negative bias, that has
-no digits left for their number: the gradient through such a query is off by 4e-4 at -1e4, and by a factor beyond -1e7;
-PyTorch's is right. Mask with -inf, or leave such queries out of the loss, as padded ones are.
+Backward computes the probabilities again from logsumexp.
 
 Dropout (Srivastava et al., applied to the probabilities as in Devlin et al., arXiv 1810.04805) draws the mask of
 `albert_fast.ops.dropout`: the same for every backend.
@@ -19,6 +20,7 @@ Dropout (Srivastava et al., applied to the probabilities as in Devlin et al., ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -83,17 +85,26 @@ def _additive_mask(run: _Run, query: Tensor, key: Tensor, options: AttentionOpti
     return mask
 
 
-def _probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """softmax of the scores [rows, heads, length_q, length_k] and its logsumexp, in float32 at least."""
+def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """[rows, heads, length_q, length_k], in float32 at least."""
     at_least_float32 = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(at_least_float32) @ key.to(at_least_float32).transpose(-1, -2)) * scale
-    if mask is not None:
-        scores = scores + mask.to(at_least_float32)
-    logsumexp = scores.logsumexp(dim=-1)
-    if mask is None and key.shape[2] > 0:
-        return scores.softmax(dim=-1), logsumexp
+    return scores if mask is None else scores + mask.to(at_least_float32)
+
+
+def _probabilities(scores: Tensor) -> Tensor:
     nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    return scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0), logsumexp
+    return scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0)
+
+
+def _logsumexp(scores: Tensor, in_parts: bool) -> Tensor:
+    """Of the operator, [length, heads, 1 or 2] of all rows' queries."""
+    parts = [scores.logsumexp(dim=-1)]
+    if in_parts:
+        largest = scores.amax(dim=-1) if scores.shape[-1] > 0 else parts[0]
+        of_sum = (scores - largest.masked_fill(largest == float("-inf"), 0.0)[..., None]).logsumexp(dim=-1)
+        parts = [largest / math.log(2), of_sum / math.log(2)]
+    return torch.stack(parts, dim=-1).transpose(1, 2).flatten(0, 1)
 
 
 def _keep(run: _Run, probabilities: Tensor, options: AttentionOptions) -> Tensor:
@@ -122,14 +133,16 @@ def _formula(
     for run in _runs(cu_seqlens_q, cu_seqlens_k):
         q, k, v = run.batch(query, run.queries), run.batch(key, run.keys), run.batch(value, run.keys)
         mask = _additive_mask(run, q, k, options)
-        probabilities, logsumexp = _probabilities(q, k, options.scale, mask)
+        scores = _scores(q, k, options.scale, mask)
+        probabilities = _probabilities(scores)
         probabilities = (probabilities * _keep(run, probabilities, options)).to(v.dtype)
         outputs.append((probabilities @ v).transpose(1, 2).flatten(0, 1))
-        logsumexps.append(logsumexp.transpose(1, 2).flatten(0, 1))
+        logsumexps.append(_logsumexp(scores, options.bias is not None))
         weights.append(probabilities)
-    no_key = _empty_logsumexp(query)[:, :0].fill_(float("-inf")).t()
-    logsumexp = _join(logsumexps, query.shape[0], no_key, float("-inf")).t()
-    return _join(outputs, query.shape[0], query, 0.0).flatten(1), logsumexp, weights
+    empty = _empty_logsumexp(query, options.bias)
+    no_key = (empty[None] if options.bias is None else empty).permute(2, 1, 0)
+    logsumexp = _join(logsumexps, query.shape[0], no_key, float("-inf")).permute(2, 1, 0)
+    return _join(outputs, query.shape[0], query, 0.0).flatten(1), logsumexp.reshape(empty.shape), weights
 
 
 def _join(parts: list[Tensor], tokens: int, like: Tensor, fill: float) -> Tensor:
@@ -165,8 +178,9 @@ def attention_reference(
     cu_seqlens_k: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """The same output; without dropout through PyTorch's fused attention, which does not store the probabilities."""
-    if options.dropout_p > 0.0:
+    """The same output; through PyTorch's fused attention, which does not store the probabilities, but with dropout,
+    which draws another mask there, and with a bias: its gradients are wrong under a large one."""
+    if options.dropout_p > 0.0 or options.bias is not None:
         return _formula(query, key, value, cu_seqlens_q, cu_seqlens_k, options)[0]
     outputs = []
     for run in _runs(cu_seqlens_q, cu_seqlens_k):
@@ -220,7 +234,7 @@ def reference_backward(
     for run in _runs(cu_seqlens_q, cu_seqlens_k):
         q, o, grad_o = (run.batch(x, run.queries).to(logsumexp.dtype) for x in (query, output, grad_output))
         k, v = (run.batch(x, run.keys).to(logsumexp.dtype) for x in (key, value))
-        probabilities, _ = _probabilities(q, k, options.scale, _additive_mask(run, q, k, options))
+        probabilities = _probabilities(_scores(q, k, options.scale, _additive_mask(run, q, k, options)))
         keep = _keep(run, probabilities, options)
         grad_probabilities = (grad_o @ v.transpose(-1, -2)) * keep
         grad_scores = probabilities * (grad_probabilities - (grad_o * o).sum(dim=-1, keepdim=True)) * options.scale
@@ -234,9 +248,14 @@ def reference_backward(
     return grads[0], grads[1], grads[2]
 
 
-def _empty_logsumexp(query: Tensor) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return torch.empty(query.shape[1], query.shape[0], dtype=dtype, device=query.device)
+def logsumexp_shape(heads: int, tokens_q: int, bias: Tensor | None) -> tuple[int, ...]:
+    """In one part, or in the two of a call with a bias."""
+    return (heads, tokens_q) if bias is None else (2, heads, tokens_q)
+
+
+def _empty_logsumexp(query: Tensor, bias: Tensor | None) -> Tensor:
+    shape = logsumexp_shape(query.shape[1], query.shape[0], bias)
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _call(query: Tensor) -> backends.Call:
@@ -266,7 +285,7 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _(query, key, value, *args):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape[0], query.shape[1] * query.shape[2]), _empty_logsumexp(query)
+    return query.new_empty(query.shape[0], query.shape[1] * query.shape[2]), _empty_logsumexp(query, args[-1])
 
 
 @torch.library.custom_op("albert_fast::attention_backward", mutates_args=())

@@ -31,7 +31,13 @@ from torch.utils.checkpoint import checkpoint
 
 from albert_fast import backends
 from albert_fast.activations import ACTIVATIONS
-from albert_fast.ops.attention import AttentionOptions, attention, attention_with_weights, check_bias
+from albert_fast.ops.attention import (
+    AttentionOptions,
+    attention,
+    attention_with_weights,
+    check_bias,
+    logsumexp_shape,
+)
 from albert_fast.ops.attention import reference_backward as attention_backward
 from albert_fast.ops.attention import reference_forward as attention_forward
 from albert_fast.ops.checks import FLOATS, check, check_cu_seqlens, check_tensor, has_no_derivative
@@ -225,7 +231,7 @@ class _Saved(NamedTuple):
     x: Tensor  # [tokens, hidden], the pass's input
     qkv: Tensor  # [tokens, 3, heads, head_dim]
     context: Tensor  # [tokens, hidden], the attention's output
-    logsumexp: Tensor  # [heads, tokens]
+    logsumexp: Tensor  # [heads, tokens], with a bias [2, heads, tokens]
     summed: Tensor  # [tokens, hidden], input of the first LayerNorm
     output_summed: Tensor  # [tokens, hidden], input of the second LayerNorm
     inner: Tensor  # [tokens, intermediate], before the activation
@@ -244,7 +250,7 @@ def kept_shapes(
         "x": state,
         "qkv": (tokens, 3, options.num_heads, width // options.num_heads),
         "context": state,
-        "logsumexp": (options.num_heads, tokens),
+        "logsumexp": logsumexp_shape(options.num_heads, tokens, options.bias),
         "summed": state,
         "output_summed": state,
         "inner": (tokens, parameters[10].shape[0]),

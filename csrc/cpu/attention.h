@@ -3,7 +3,7 @@
  *
  * Row r of the batch owns the tokens cu_seqlens[r] to cu_seqlens[r + 1] and attends to nothing else. Tokens beyond the
  * last offset belong to no row: their output and gradients are zero. So is the output of a query that may attend to no
- * key (every score -inf, or a row without keys); its logsumexp is -inf and it gives no gradient.
+ * key (every score -inf, or a row without keys); its logsumexp is -inf, both parts of it, and it gives no gradient.
  *
  * Scores, softmax and all sums are float32. bfloat16 operands are widened to float32, which leaves the probabilities
  * unrounded; where the machine multiplies bfloat16 (isa.h), probabilities and score gradients are rounded to it.
@@ -42,7 +42,9 @@ typedef struct albert_attention_args {
   uint32_t site;
   void* output; /* [tokens_q][heads * head_dim]; backward reads it */
   int64_t output_stride;
-  float* logsumexp; /* [heads][tokens_q]: forward may have null, backward reads it */
+  /* [heads][tokens_q], with a bias [2][heads][tokens_q]: the largest score, and the logarithm of the sum of
+   * exp(score - largest), both in units of ln 2. Forward may have null, backward reads it. */
+  float* logsumexp;
   /* Forward, without dropout and logsumexp: where the machine has VNNI, and scale > 0, the products are of integers.
    * Queries, and keys less their mean over the row, which no softmax sees, are rounded to 8 bits, one scale a token and
    * head; probabilities to 13 bits of the largest one; values to 11 bits, one scale a feature, row and head. */

@@ -130,12 +130,17 @@ struct BackwardWorker {
     tile.clear_padding(shape.unit);
     tile.place_lines(m.lines, kGradientRun * shape.steps_per_panel());
     const T* output = static_cast<const T*>(a.output) + token * a.output_stride + head * shape.d;
+    const float* logsumexp = a.logsumexp + head * a.tokens_q + token;
     for (int64_t r = 0; r < kGroup; ++r) {
-      if (r < blocks.size)
-        tile.set_query(r, a.logsumexp[head * a.tokens_q + token + r],
-                       row_dot(grad_output.data + r * grad_output.stride, output + r * a.output_stride, shape.d));
+      if (r >= blocks.size || logsumexp[r] == minus_infinity()) {
+        tile.set_nothing(r);
+        continue;
+      }
+      const float dot = row_dot(grad_output.data + r * grad_output.stride, output + r * a.output_stride, shape.d);
+      if (a.bias == nullptr)
+        tile.set_query(r, logsumexp[r], dot);
       else
-        tile.set_query(r, minus_infinity(), 0);
+        tile.set_query(r, logsumexp[r], logsumexp[a.heads * a.tokens_q + r], dot);
     }
   }
 

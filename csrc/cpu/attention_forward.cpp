@@ -141,9 +141,11 @@ struct ForwardWorker {
         const F sums = load(scratch.output + (c / kPanel * rows + r) * kPanel + c % kPanel);
         store_columns(out + c, mul(sums, set(factors[r])), static_cast<int>(smaller(shape.d - c, kLanes)));
       }
-      if (a.logsumexp != nullptr)
-        a.logsumexp[head * a.tokens_q + token] =
-            static_cast<float>(softmax.top[r] * kLn2 + static_cast<double>(__builtin_logf(totals[r])));
+      if (a.logsumexp == nullptr) continue;
+      float* at = a.logsumexp + head * a.tokens_q + token;
+      const double of_sum = static_cast<double>(__builtin_logf(totals[r]));
+      *at = a.bias == nullptr ? static_cast<float>(softmax.top[r] * kLn2 + of_sum) : softmax.top[r];
+      if (a.bias != nullptr) at[a.heads * a.tokens_q] = static_cast<float>(of_sum / kLn2);
     }
   }
 };
@@ -161,7 +163,7 @@ void run(const Attention& attention, char* workspace, const albert_parallel* par
   });
   clear_tokens(static_cast<T*>(a.output), a.output_stride, shape.d, a, used, a.tokens_q);
   if (a.logsumexp == nullptr) return;
-  for (int64_t h = 0; h < a.heads; ++h)
+  for (int64_t h = 0; h < (a.bias == nullptr ? 1 : 2) * a.heads; ++h)
     for (int64_t t = used; t < a.tokens_q; ++t) a.logsumexp[h * a.tokens_q + t] = minus_infinity();
 }
 

@@ -21,13 +21,25 @@ struct GradientTile {
   int64_t next_line[kGroup];  // and how far it is to the next
 
   // P = exp2(s + shift) * rest, shift = -logsumexp log2(e): its rounding would be an error of the whole row.
-  // A query without keys, and padding, get P = 0.
   void set_query(int64_t r, float natural_logsumexp, float dot) const {
-    const bool none = natural_logsumexp == minus_infinity();
-    const float value = none ? 0 : natural_logsumexp, rounded = value * kLog2e;
-    shift[r] = none ? minus_infinity() : -rounded;
-    rest[r] = 1 - (__builtin_fmaf(value, kLog2e, -rounded) + value * kLog2eRest) * static_cast<float>(kLn2);
+    const float rounded = natural_logsumexp * kLog2e;
+    shift[r] = -rounded;
+    rest[r] = 1 - (__builtin_fmaf(natural_logsumexp, kLog2e, -rounded) + natural_logsumexp * kLog2eRest) *
+                      static_cast<float>(kLn2);
     delta[r] = dot;
+  }
+
+  // With a bias: s are the bits of the forward, none more than the largest.
+  void set_query(int64_t r, float largest, float log2_of_sum, float dot) const {
+    shift[r] = -largest;
+    rest[r] = __builtin_exp2f(-log2_of_sum);
+    delta[r] = dot;
+  }
+
+  // A query without keys, and padding: P = 0.
+  void set_nothing(int64_t r) const {
+    shift[r] = minus_infinity();
+    rest[r] = delta[r] = 0;
   }
 
   // run_units: of a query, in a run of panels. Where the last query lacks a partner, that gets a place nobody reads.

@@ -103,7 +103,7 @@ int albert_encoder(const albert_encoder_args* args, void* workspace, size_t work
     };
     if (a.all_states && a.kept.x != nullptr) std::memcpy(kept(a.kept.x, a.hidden, nullptr), x, state);
     void* qkv = kept(a.kept.qkv, 3 * a.hidden, w.shared);
-    float* logsumexp = a.kept.logsumexp == nullptr ? nullptr : a.kept.logsumexp + p * a.heads * a.tokens;
+    float* logsumexp = a.kept.logsumexp == nullptr ? nullptr : a.kept.logsumexp + p * s.logsumexp_size();
     void* y = state_of(p + 1);
     if (const int error = s.attend(p, {x, qkv, kept(a.kept.context, a.hidden, w.context), logsumexp,
                                        kept(a.kept.summed, a.hidden, nullptr), w.h}))

@@ -37,7 +37,7 @@ typedef struct albert_encoder_kept {
   void* x;             /* [tokens][hidden], each pass's input */
   void* qkv;           /* [tokens][3 hidden] */
   void* context;       /* [tokens][hidden], the attention's output */
-  float* logsumexp;    /* [heads][tokens] */
+  float* logsumexp;    /* as attention.h has it */
   void* summed;        /* [tokens][hidden], input of the first LayerNorm */
   void* output_summed; /* [tokens][hidden], input of the second */
   void* inner;         /* [tokens][inner], before the activation */

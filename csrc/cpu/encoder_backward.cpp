@@ -52,7 +52,7 @@ GradientMemory carve(const albert_encoder_args& a, void* base, int threads) {
   if (all_again) {
     w.again.qkv = memory.take(s.bytes(a.tokens, 3 * a.hidden));
     w.again.context = memory.take(state);
-    w.again.logsumexp = reinterpret_cast<float*>(memory.take(static_cast<size_t>(a.heads * a.tokens) * sizeof(float)));
+    w.again.logsumexp = reinterpret_cast<float*>(memory.take(static_cast<size_t>(s.logsumexp_size()) * sizeof(float)));
     w.again.summed = memory.take(state);
     w.again.output_summed = memory.take(state);
     w.again.inner = memory.take(s.bytes(a.tokens, a.inner));

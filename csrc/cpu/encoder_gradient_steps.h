@@ -135,7 +135,7 @@ struct GradientSteps {
                              at(a.kept.summed, a.hidden),
                              at(a.kept.output_summed, a.hidden),
                              at(a.kept.inner, a.inner)};
-    if (a.kept.logsumexp != nullptr) kept.logsumexp = a.kept.logsumexp + pass * a.heads * a.tokens;
+    if (a.kept.logsumexp != nullptr) kept.logsumexp = a.kept.logsumexp + pass * s.logsumexp_size();
     if (kept.qkv == nullptr) {
       if (const int error = make_again(pass, kept.x)) return error;
       void* x = kept.x;

@@ -78,6 +78,7 @@ struct EncoderSteps {
   int run(const albert_gemm_args& g) const { return albert_gemm(&g, scratch, scratch_bytes, parallel); }
 
   // ---- attention ----
+  int64_t logsumexp_size() const { return (a.bias == nullptr ? 1 : 2) * a.heads * a.tokens; }
   albert_attention_args attention(int pass, const void* qkv, void* context, float* logsumexp) const {
     albert_attention_args t{};
     t.dtype = between();

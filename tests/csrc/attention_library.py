@@ -168,7 +168,8 @@ class Call:
 
     def forward(self, threads: int = 1, logsumexp: bool = True) -> tuple[Tensor, Tensor]:
         output = g.Guarded(self.tokens_q, self.heads * self.head_dim, self.dtype, self.heads * self.head_dim + 7)
-        lse = g.Guarded(self.heads, self.tokens_q, torch.float32)
+        parts = 2 if self.args.bias else 1
+        lse = g.Guarded(parts * self.heads, self.tokens_q, torch.float32)
         for buffer in (output, lse):
             buffer.fill(float("nan"))
         self.args.output, self.args.output_stride = output.address, output.stride
@@ -176,11 +177,12 @@ class Call:
         self._run("albert_attention", threads)
         output.check()
         lse.check()
-        return output.tensor.clone(), lse.tensor.clone()
+        return output.tensor.clone(), lse.tensor.unflatten(0, (parts, self.heads)).squeeze(0).clone()
 
     def backward(self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, threads: int = 1) -> list[Tensor]:
         width = self.heads * self.head_dim
-        buffers = [g.guarded(grad_output, width + 3), g.guarded(output, width + 1), g.guarded(logsumexp)]
+        buffers = [g.guarded(grad_output, width + 3), g.guarded(output, width + 1)]
+        buffers.append(g.guarded(logsumexp.flatten(0, -2)))
         gradients = Gradients(grad_output=buffers[0].address, grad_output_stride=buffers[0].stride)
         self.args.output, self.args.output_stride = buffers[1].address, buffers[1].stride
         self.args.logsumexp = buffers[2].address

@@ -148,11 +148,11 @@ def errors(problem, lib, layout, threads):
 
     used_q = problem.used[0]
     assert not output[used_q:].any()
-    assert bool((lse[:, used_q:] == float("-inf")).all())
+    assert bool((lse[..., used_q:] == float("-inf")).all())
     assert not any(grad[used:].any() for grad, used in zip(grads, problem.used, strict=True))
     exact = problem.reference(torch.float64, formula)
     peers = problem.peers()
-    ours = [output[:used_q], lse[:, :used_q], *(x[:used] for x, used in zip(grads, problem.used, strict=True))]
+    ours = [output[:used_q], lse[..., :used_q], *(x[:used] for x, used in zip(grads, problem.used, strict=True))]
     names = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
     found = {}
     for i, (name, mine, right) in enumerate(zip(names, ours, exact, strict=True)):

@@ -209,7 +209,8 @@ class Call:
         widths = (hidden, 3 * hidden, hidden, None, hidden, hidden, case.inner)
         if training:
             for name, width in list(zip(KEPT, widths, strict=True))[: KEPT_BY_RECOMPUTE[options.recompute]]:
-                shape = (case.passes * case.heads, tokens) if width is None else (case.passes * tokens, width)
+                parts = 1 if options.bias is None else 2
+                shape = (case.passes * parts * case.heads, tokens) if width is None else (case.passes * tokens, width)
                 kept = self.poisoned(*shape, torch.float32 if width is None else dtype)
                 setattr(self.args.kept, name, kept.address)
 

@@ -1,5 +1,6 @@
 """Attention against explicit loops over rows and heads, and against PyTorch's own kernels."""
 
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -208,6 +209,44 @@ def test_a_long_row(implementation, device, monkeypatch):
     assert_all_as_accurate_as(case.run(through_operator), case.peer(), case.expected())
 
 
+def masked_by(level: float, dtype: torch.dtype, device: torch.device) -> Case:
+    """Half of the queries have it added to the scores of all of their keys, as padding often has."""
+    case = Case(ragged_lengths((3, 17, 40)), dtype=dtype, device=device, bias=(True, False))
+    bias = case.options["bias"].nan_to_num(neginf=0.0)
+    padding = torch.rand(bias.shape[:3], device=device) < 0.5
+    case.options["bias"] = bias + level * padding[..., None]
+    return case
+
+
+@parametrize_implementation
+@pytest.mark.parametrize("dtype", parity.ACCELERATED, ids=str)
+@pytest.mark.parametrize("level", [-1e4, -1e6, -1e9])
+def test_under_a_large_bias_the_probabilities_of_the_backward_add_up_to_one(
+    implementation, dtype, level, device, monkeypatch
+):
+    case = masked_by(level, dtype, device)
+    case.upstream = torch.ones_like(case.upstream)
+    through_operator = parity.use(implementation, case.backend_call(), monkeypatch)
+    grad_value = case.run(through_operator)["value"].double()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for queries, keys in zip(rows_of(case.cu_q), rows_of(case.cu_k), strict=True):
+        count = torch.full_like(grad_value[0], queries.stop - queries.start)
+        torch.testing.assert_close(grad_value[keys].sum(dim=0), count, rtol=tolerance, atol=0.0)
+
+
+@parametrize_implementation
+def test_a_bias_beside_which_scores_are_nothing(implementation, device, monkeypatch):
+    """In float32 all scores are the bias then, and all keys alike: in PyTorch, too."""
+    case = masked_by(-1e9, torch.float32, device)
+
+    def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return by_rows(case, query, key, value, softmax_attention)
+
+    expected = differentiate(formula, case.tensors, case.upstream)
+    through_operator = parity.use(implementation, case.backend_call(), monkeypatch)
+    assert_all_close(case.run(through_operator), expected, 1e-5)
+
+
 @pytest.mark.slow
 @parametrize_implementation
 @parametrize_dtype
@@ -244,7 +283,7 @@ def test_the_logsumexp_and_the_weights(variant, device):
     assert logsumexp.dtype == torch.float64
     values = case.tensors["value"]
     seen = torch.zeros_like(output)
-    unseen = torch.full_like(logsumexp, float("-inf"))
+    unseen = logsumexp.new_full((case.heads, len(tensors[0])), float("-inf"))
     for row, (queries, keys) in enumerate(zip(rows_of(case.cu_q), rows_of(case.cu_k), strict=True)):
         length_q, length_k = queries.stop - queries.start, keys.stop - keys.start
         own = weights[row, :, :length_q, :length_k]
@@ -259,6 +298,9 @@ def test_the_logsumexp_and_the_weights(variant, device):
             scores = scores.masked_fill(ahead > length_k - length_q, float("-inf"))
         unseen[:, queries] = scores.logsumexp(dim=-1)
     torch.testing.assert_close(seen, output)
+    if options.bias is not None:
+        largest, of_sum = logsumexp
+        logsumexp = (largest + of_sum) * math.log(2)
     torch.testing.assert_close(logsumexp, unseen)
 
 
