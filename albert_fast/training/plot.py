@@ -155,21 +155,21 @@ def _curves(
     """Draws one run's; what of it has to be seen."""
     color, shown = _color(number), []
 
-    def points(kind: str, key: str) -> tuple[list[float], list[float]]:
+    def points(kind: str, key: str) -> tuple[list[float], list[float], list[int]]:
         own = [r for r in records if r["kind"] == kind and r.get(x) is not None and r.get(key) is not None]
-        return [r[x] / scale for r in own], [float(r[key]) for r in own]
+        return [r[x] / scale for r in own], [float(r[key]) for r in own], [r["step"] for r in own]
 
-    places, values = points("train", panel.key)
-    smooth = _smoothed(values, 0.0 if panel.exact else smoothing)
+    places, values, steps = points("train", panel.key)
+    smooth = _smoothed(values, steps, 0.0 if panel.exact else smoothing)
     axes.plot(places, values, color=color, linewidth=0.7, alpha=0.3)
     axes.plot(places, smooth, color=color, linewidth=1.8)
     shown += smooth[round(START * len(smooth)) :]
     if isinstance(panel.level, str):
-        places, values = points("train", panel.level)
-        level = _smoothed(values, smoothing)
+        places, values, steps = points("train", panel.level)
+        level = _smoothed(values, steps, smoothing)
         axes.plot(places, level, color=color, linewidth=1.2, linestyle="--", alpha=0.8)
         shown += level
-    places, values = points("evaluation", panel.key)
+    places, values, _ = points("evaluation", panel.key)
     axes.plot(places, values, "o", color=color, markersize=5.5, markeredgecolor="white", markeredgewidth=0.8, zorder=3)
     shown += values
     for place, name in _events(records, x):
@@ -217,17 +217,21 @@ def _events(records: Records, x: str) -> list[tuple[float, str]]:
     return list(places.items())
 
 
-def _smoothed(values: Sequence[float], share: float) -> list[float]:
-    """Means over this share of the values around each; what is not finite is left out."""
+def _smoothed(values: Sequence[float], steps: Sequence[int], share: float) -> list[float]:
+    """Means over this share of the values around each; what is not finite is left out. A value is a mean, too, of the
+    steps since the one before: where those are fewer than usual (a run's last may be of one) it counts for less."""
     if not values:
         return []
     half = round(share * len(values) / 2)
     given = np.asarray(values)
-    finite = np.isfinite(given)
+    gaps = np.diff(steps, prepend=0)
+    usual = np.median(gaps)
+    weight = np.where((gaps > 0) & (gaps < usual), gaps, usual)  # none but after a rollback
+    weight = np.where(np.isfinite(given), weight, 0.0)
     # Not differences of running sums: a loss of 1e30 would be left in all that follow.
     total, count = (
         np.convolve(each, np.ones(2 * half + 1))[half : half + len(given)]
-        for each in (np.where(finite, given, 0.0), finite.astype(float))
+        for each in (np.where(weight > 0, given, 0.0) * weight, weight)
     )
     return np.divide(total, count, out=np.full(len(given), math.nan), where=count > 0).tolist()
 

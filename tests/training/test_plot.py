@@ -154,17 +154,21 @@ def test_units_of_time(longest, unit):
 
 def test_smoothing():
     values = np.random.default_rng(0).normal(size=100).tolist()
-    assert plotting._smoothed(values, 0.0) == pytest.approx(values)
-    smooth = plotting._smoothed(values, 0.1)
+    steps = range(20, 2001, 20)
+    assert plotting._smoothed(values, steps, 0.0) == pytest.approx(values)
+    smooth = plotting._smoothed(values, steps, 0.1)
     assert smooth[50] == pytest.approx(np.mean(values[45:56]))
     assert smooth[0] == pytest.approx(np.mean(values[:6]))
     assert smooth[-1] == pytest.approx(np.mean(values[-6:]))
     with_gaps = [math.nan if i == 47 else value for i, value in enumerate(values)]
     kept = [value for i, value in enumerate(values[45:56], start=45) if i != 47]
-    assert plotting._smoothed(with_gaps, 0.1)[50] == pytest.approx(np.mean(kept))
-    assert math.isnan(plotting._smoothed([math.nan, 1.0], 0.0)[0])
-    assert plotting._smoothed([1e30, 0.0, 0.0, 1.0, 1.0, 1.0], 0.5)[5] == pytest.approx(1.0)
-    assert plotting._smoothed([], 0.1) == []
+    assert plotting._smoothed(with_gaps, steps, 0.1)[50] == pytest.approx(np.mean(kept))
+    assert math.isnan(plotting._smoothed([math.nan, 1.0], [20, 40], 0.0)[0])
+    assert plotting._smoothed([1e30, 0.0, 0.0, 1.0, 1.0, 1.0], range(20, 121, 20), 0.5)[5] == pytest.approx(1.0)
+    assert plotting._smoothed([], [], 0.1) == []
+    # After a rollback step 60 comes again, a mean of 20 steps as before; the last is of one.
+    smooth = plotting._smoothed([1.0, 1.0, 2.0, 4.0, 0.0], [20, 40, 60, 60, 61], 0.8)
+    assert smooth[-1] == pytest.approx((2 * 20 + 4 * 20) / 41)
 
 
 def test_names():
