@@ -185,15 +185,15 @@ def attention_kernel(
     accumulator = accumulator * factor[:, None]
     store_tile(output, begin_q, first_q, length_q, output_stride, accumulator, BLOCK_M, HEAD_DIM, BLOCK_D)
     of_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
-    logsumexp += begin_q
     if bias is not None:
-        of_sum = tl.where(row_sum == 0.0, float("-inf"), of_sum)
-        tl.store(logsumexp + queries, row_max, mask=queries < length_q)
-        tl.store(logsumexp + tl.cast(heads, tl.int64) * tokens_q + queries, of_sum, mask=queries < length_q)
+        tl.store(logsumexp + begin_q + queries, row_max, mask=queries < length_q)
+        result = tl.where(row_sum == 0.0, float("-inf"), of_sum)
+        logsumexp += tl.cast(heads, tl.int64) * tokens_q
     else:
         # Not of the sum of both: it would be rounded, too.
-        result = tl.where(row_sum == 0.0, float("-inf"), row_max * LN2 + of_sum * LN2)
-        tl.store(logsumexp + queries, result, mask=queries < length_q)
+        of_sum *= LN2
+        result = tl.where(row_sum == 0.0, float("-inf"), row_max * LN2 + of_sum)
+    tl.store(logsumexp + begin_q + queries, result, mask=queries < length_q)
 
 
 # Small tiles leave room for several programs a multiprocessor: the softmax of one then hides behind the products of

@@ -92,19 +92,24 @@ def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Te
     return scores if mask is None else scores + mask.to(at_least_float32)
 
 
-def _probabilities(scores: Tensor) -> Tensor:
+def _probabilities(scores: Tensor, masked: bool) -> Tensor:
+    if not masked and scores.shape[-1] > 0:
+        return scores.softmax(dim=-1)
     nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0)
 
 
 def _logsumexp(scores: Tensor, in_parts: bool) -> Tensor:
     """Of the operator, [length, heads, 1 or 2] of all rows' queries."""
-    parts = [scores.logsumexp(dim=-1)]
-    if in_parts:
-        largest = scores.amax(dim=-1) if scores.shape[-1] > 0 else parts[0]
+    if not in_parts:
+        parts = scores.logsumexp(dim=-1)[..., None]
+    elif scores.shape[-1] == 0:
+        parts = scores.new_full((*scores.shape[:-1], 2), float("-inf"))
+    else:
+        largest = scores.amax(dim=-1)
         of_sum = (scores - largest.masked_fill(largest == float("-inf"), 0.0)[..., None]).logsumexp(dim=-1)
-        parts = [largest / math.log(2), of_sum / math.log(2)]
-    return torch.stack(parts, dim=-1).transpose(1, 2).flatten(0, 1)
+        parts = torch.stack([largest, of_sum], dim=-1) / math.log(2)
+    return parts.transpose(1, 2).flatten(0, 1)
 
 
 def _keep(run: _Run, probabilities: Tensor, options: AttentionOptions) -> Tensor:
@@ -134,7 +139,7 @@ def _formula(
         q, k, v = run.batch(query, run.queries), run.batch(key, run.keys), run.batch(value, run.keys)
         mask = _additive_mask(run, q, k, options)
         scores = _scores(q, k, options.scale, mask)
-        probabilities = _probabilities(scores)
+        probabilities = _probabilities(scores, mask is not None)
         probabilities = (probabilities * _keep(run, probabilities, options)).to(v.dtype)
         outputs.append((probabilities @ v).transpose(1, 2).flatten(0, 1))
         logsumexps.append(_logsumexp(scores, options.bias is not None))
@@ -188,9 +193,7 @@ def attention_reference(
             continue
         q, k, v = run.batch(query, run.queries), run.batch(key, run.keys), run.batch(value, run.keys)
         mask = _additive_mask(run, q, k, options)
-        output = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=options.scale
-        )
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return _join(outputs, query.shape[0], query, 0.0).flatten(1)
 
@@ -234,7 +237,8 @@ def reference_backward(
     for run in _runs(cu_seqlens_q, cu_seqlens_k):
         q, o, grad_o = (run.batch(x, run.queries).to(logsumexp.dtype) for x in (query, output, grad_output))
         k, v = (run.batch(x, run.keys).to(logsumexp.dtype) for x in (key, value))
-        probabilities = _probabilities(_scores(q, k, options.scale, _additive_mask(run, q, k, options)))
+        mask = _additive_mask(run, q, k, options)
+        probabilities = _probabilities(_scores(q, k, options.scale, mask), mask is not None)
         keep = _keep(run, probabilities, options)
         grad_probabilities = (grad_o @ v.transpose(-1, -2)) * keep
         grad_scores = probabilities * (grad_probabilities - (grad_o * o).sum(dim=-1, keepdim=True)) * options.scale

@@ -29,7 +29,7 @@ struct GradientTile {
     delta[r] = dot;
   }
 
-  // With a bias: s are the bits of the forward, none more than the largest.
+  // With a bias: s are the bits of the forward, and none is more than the largest.
   void set_query(int64_t r, float largest, float log2_of_sum, float dot) const {
     shift[r] = -largest;
     rest[r] = __builtin_exp2f(-log2_of_sum);

@@ -220,6 +220,19 @@ def test_bias(lib, seed, dtype, causal):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_a_bias_backward_has_the_scores_of_forward(lib, seed, dtype):
+    """To the last bit: of a large score a rounding is much. Of a query's only key exp(score - largest) is 1 then."""
+    queries, keys = torch.arange(140), torch.randperm(140)
+    bias = torch.full((1, 1, 140, 140), float("-inf"))
+    for size in (1.0, 1e6):
+        bias[0, 0, queries, keys] = size * torch.randn(140)
+        problem = Problem([140], [140], 2, random.choice([16, 40, 64, 128]), dtype, spread=3.0, bias=bias)
+        call = problem.call(lib)
+        grad_value = call.backward(problem.grad_output, *call.forward())[2]
+        assert torch.equal(grad_value[keys].flatten(1), problem.grad_output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_causal(lib, seed, dtype):
     lengths = [1, 66, 300, 0, 31]
     check(Problem(lengths, lengths, 2, 64, dtype, causal=True), lib, "fused", threads=3)
