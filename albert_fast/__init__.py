@@ -5,16 +5,15 @@ from pathlib import Path
 
 from albert_fast.config import AlbertConfig
 from albert_fast.graphs import graphed
-from albert_fast.model import (
+from albert_fast.heads import (
     AlbertForMaskedLM,
     AlbertForMultipleChoice,
     AlbertForPreTraining,
     AlbertForQuestionAnswering,
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
-    AlbertModel,
-    AlbertPreTrainedModel,
 )
+from albert_fast.model import AlbertModel, AlbertPreTrainedModel
 from albert_fast.packing import PackedBatch
 from albert_fast.quantization import quantize
 from albert_fast.seq2seq import AlbertForSeq2SeqLM

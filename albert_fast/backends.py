@@ -14,7 +14,6 @@ library), so that `import albert_fast` needs neither.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -107,49 +106,44 @@ REFERENCE = Backend(
 )
 
 
-@functools.cache
+def _in_module(name: str, import_it: Callable[[], ModuleType]) -> Backend:
+    """A backend whose module is imported when it is first asked."""
+    imported: list[ModuleType] = []  # not functools.cache, of which torch.compile warns its users
+
+    def module() -> ModuleType:
+        if not imported:
+            imported.append(import_it())
+        return imported[0]
+
+    return Backend(
+        name=name,
+        unavailable=lambda: module().unavailable(),
+        declines=lambda call: module().declines(call),
+        load=lambda: module().load(),
+    )
+
+
 def _cpu() -> ModuleType:
     from albert_fast import cpu
 
     return cpu
 
 
-CPU = Backend(
-    name="cpu",
-    unavailable=lambda: _cpu().unavailable(),
-    declines=lambda call: _cpu().declines(call),
-    load=lambda: _cpu().load(),
-)
-
-
-@functools.cache
 def _triton() -> ModuleType:
     from albert_fast import triton_backend
 
     return triton_backend
 
 
-TRITON = Backend(
-    name="triton",
-    unavailable=lambda: _triton().unavailable(),
-    declines=lambda call: _triton().declines(call),
-    load=lambda: _triton().load(),
-)
-
-
-@functools.cache
 def _cuda() -> ModuleType:
     from albert_fast import cuda_backend
 
     return cuda_backend
 
 
-CUDA = Backend(
-    name="cuda",
-    unavailable=lambda: _cuda().unavailable(),
-    declines=lambda call: _cuda().declines(call),
-    load=lambda: _cuda().load(),
-)
+CPU = _in_module("cpu", _cpu)
+TRITON = _in_module("triton", _triton)
+CUDA = _in_module("cuda", _cuda)
 
 # Best first.
 BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]

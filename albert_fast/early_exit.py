@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
-from albert_fast.model import AlbertForSequenceClassification
+from albert_fast.heads import AlbertForSequenceClassification
 from albert_fast.ops.checks import check
 from albert_fast.packing import PackedBatch
 

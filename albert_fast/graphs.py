@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from albert_fast import backends
-from albert_fast.model import IGNORE_INDEX, AlbertForSequenceClassification, AlbertPreTrainedModel
+from albert_fast.heads import AlbertForSequenceClassification
+from albert_fast.model import AlbertPreTrainedModel
 from albert_fast.ops.checks import check, check_tensor, describe
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 
 DEFAULT_SHAPES = tuple((1, length) for length in (16, 32, 64, 128, 256, 512))
 

@@ -22,15 +22,10 @@ from albert_fast import ops
 from albert_fast.activations import ACTIVATIONS
 from albert_fast.beam_search import beam_search
 from albert_fast.config import AlbertConfig
-from albert_fast.model import (
-    IGNORE_INDEX,
-    AlbertAttention,
-    AlbertForMaskedLM,
-    AlbertMLMHead,
-    AlbertModel,
-    AlbertPreTrainedModel,
-)
+from albert_fast.heads import AlbertForMaskedLM
+from albert_fast.model import AlbertAttention, AlbertMLMHead, AlbertModel, AlbertPreTrainedModel
 from albert_fast.ops.checks import check
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.outputs import ModelOutput
 from albert_fast.packing import PackedBatch
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from albert_fast import AlbertConfig, AlbertForMaskedLM, graphed
-from albert_fast.bench.data import IGNORE_INDEX, LABELLED_SHARE, Batch
+from albert_fast.bench.data import LABELLED_SHARE, Batch
 from albert_fast.bench.peers import AlbertFast
 from albert_fast.bench.peers.transformers import TransformersSdpa
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 
 
 def configuration(name: str, tiny: bool) -> AlbertConfig:

@@ -1,5 +1,7 @@
 """Which backend serves a call: forced, best first, and with its own functions in both directions."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -285,3 +287,22 @@ def test_the_report_says_who_serves_and_why_the_others_do_not(offered):
         assert others["broken"] == "no compiler: install g++"
         assert others.get("picky") == (None if name == "attention" else "attention only")
         assert chosen not in others
+
+
+def test_compiling_warns_of_nothing_here():
+    """In a fresh process: PyTorch says only once that it looks through a functools.cache."""
+    program = """
+import torch, albert_fast
+config = albert_fast.AlbertConfig(
+    vocab_size=50, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=2
+)
+ids = torch.randint(50, (2, 9))
+mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
+labels = ids.where(mask == 1, -100)
+model = torch.compile(albert_fast.AlbertForMaskedLM(config), backend="aot_eager", fullgraph=True)
+model(ids[:1], labels=ids[:1]).loss.backward()
+torch.compile(albert_fast.AlbertForMaskedLM(config), backend="aot_eager")(ids, mask, labels=labels).loss.backward()
+"""
+    command = [sys.executable, "-W", "error:Dynamo detected:UserWarning", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr

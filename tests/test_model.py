@@ -318,43 +318,6 @@ def test_fully_masked_row_is_zero_and_harms_no_other():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_no_labels_give_zero_loss_and_gradients():
-    model = AlbertForMaskedLM(AlbertConfig(**random_shape()))
-    loss = model(torch.randint(50, (2, 6)), labels=torch.full((2, 6), -100)).loss
-    loss.backward()
-    assert loss == 0
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-
-
-def test_loss_builds_no_logits():
-    """The largest tensor of a training step is far below batch x seq x vocabulary."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self.numel = max(self.numel, tensor.numel())
-            return result
-
-    # So many words that the table is larger than what a step keeps for its backward.
-    vocabulary, batch, seq, labelled = 50_000, 4, 32, 6
-    model = AlbertForMaskedLM(AlbertConfig(**random_shape(vocab_size=vocabulary)))
-    labels = torch.full((batch, seq), -100)
-    labels.view(-1)[torch.randperm(batch * seq)[:labelled]] = 7
-    ids = torch.randint(vocabulary, (batch, seq))
-    with Largest() as largest:
-        output = model(ids, labels=labels)
-        output.loss.backward()
-    assert output.logits is None
-    table = model.albert.embeddings.word_embeddings.weight.numel()
-    assert largest.numel <= max(table, labelled * vocabulary) < batch * seq * vocabulary
-    assert model(ids, labels=labels, return_logits=True).logits.shape == (batch, seq, vocabulary)
-
-
 def test_work_is_proportional_to_real_tokens():
     """FLOPs of a ragged batch are those of its rows alone, forward and backward."""
     model = AlbertForMaskedLM(AlbertConfig(**random_shape(hidden_act="gelu_new", max_position_embeddings=64)))
@@ -462,20 +425,6 @@ def test_outputs_behave_as_transformers():
     torch.testing.assert_close((output.loss, output.logits, output.hidden_states), (loss, logits, states))
     with pytest.raises(KeyError):
         output["attentions"]
-
-
-def test_classification_losses():
-    """The loss follows problem_type, or is inferred; the config is left as it was."""
-    for labels, labels_count in (
-        (torch.rand(3), 1),
-        (torch.tensor([0, 2, 1]), 3),
-        (torch.rand(3, 3).round(), 3),
-    ):
-        shape = random_shape(num_labels=labels_count)
-        peer, model = pair("AlbertForSequenceClassification", shape)
-        ids = torch.randint(50, (3, 5))
-        torch.testing.assert_close(model.eval()(ids, labels=labels).loss, peer.eval()(ids, labels=labels).loss)
-        assert model.config.problem_type is None
 
 
 def test_initialisation():

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from albert_fast.bench.arguments import Shape
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.tokenizer import AlbertTokenizer, TokenizerError, train_vocabulary
 
-IGNORE_INDEX = -100
 LABELLED_SHARE = 0.15
 RAGGED_FILL = 0.4
 

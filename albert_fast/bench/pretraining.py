@@ -30,8 +30,9 @@ from albert_fast.bench.peers.albert_fast import forced_backend
 from albert_fast.bench.peers.base import missing
 from albert_fast.bench.work import Row, Work, time_rows
 from albert_fast.bench.worker import TURN, Process, WorkerError, median, peak_bytes, read_request, synchronize
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.pretraining.examples import Batch, ExampleOptions, Examples
-from albert_fast.pretraining.masking import IGNORE_INDEX, Vocabulary
+from albert_fast.pretraining.masking import Vocabulary
 from albert_fast.pretraining.objective import MaskedLMObjective
 from albert_fast.pretraining.sentences import split
 from albert_fast.pretraining.store import TokenStore

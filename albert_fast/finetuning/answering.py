@@ -33,7 +33,7 @@ from albert_fast.config import AlbertConfig
 from albert_fast.finetuning.reading import DataError, Place, read_lines
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
-from albert_fast.model import AlbertForQuestionAnswering
+from albert_fast.heads import AlbertForQuestionAnswering
 from albert_fast.span_head import AlbertForSpanQuestionAnswering
 
 MOST_QUESTION, MOST_ANSWER, CANDIDATES = 64, 30, 20

@@ -23,7 +23,7 @@ from albert_fast.finetuning.config import DataOptions
 from albert_fast.finetuning.reading import Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task
-from albert_fast.model import AlbertForMultipleChoice
+from albert_fast.heads import AlbertForMultipleChoice
 from albert_fast.pretraining.sentences import split
 
 MOST_CHOICE = 128

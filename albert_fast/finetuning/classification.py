@@ -23,7 +23,7 @@ from albert_fast.finetuning.config import ExitOptions
 from albert_fast.finetuning.reading import DataError, Place, Record, read_table
 from albert_fast.finetuning.rows import Batch, Row
 from albert_fast.finetuning.task import Task, number_of, softmax_rows
-from albert_fast.model import AlbertForSequenceClassification
+from albert_fast.heads import AlbertForSequenceClassification
 from albert_fast.ops.checks import check
 
 _PROBLEMS = {

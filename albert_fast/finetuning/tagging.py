@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from albert_fast.config import AlbertConfig
 from albert_fast.finetuning.reading import Place, Sentence, read_columns
 from albert_fast.finetuning.rows import Batch, Row
-from albert_fast.finetuning.task import IGNORE_INDEX, Task, number_of
-from albert_fast.model import AlbertForTokenClassification
+from albert_fast.finetuning.task import Task, number_of
+from albert_fast.heads import AlbertForTokenClassification
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 
 
 class Tagging(Task):

@@ -26,7 +26,6 @@ from albert_fast.ops.checks import check
 from albert_fast.tokenizer import AlbertTokenizer
 
 TASK = "task.json"
-IGNORE_INDEX = -100
 ENCODER = ("albert.*", "predictions.*")
 _KEPT = ("task", "length", "data", "decoding", "exit")  # of a run's configuration, with a model
 

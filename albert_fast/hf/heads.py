@@ -28,9 +28,8 @@ from transformers.models.albert import modeling_albert
 
 from albert_fast import ops
 from albert_fast.hf import guards
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.packing import PackedBatch
-
-IGNORE_INDEX = -100
 
 _MLM_HEADS = (modeling_albert.AlbertForMaskedLM, modeling_albert.AlbertForPreTraining)
 _LABELLED_HEADS = (

@@ -30,6 +30,7 @@ from albert_fast.ops import shared_table
 from albert_fast.ops.checks import FLOATS, check, check_ids, check_tensor, has_no_derivative, values_can_be_read
 
 REDUCTIONS = ("mean", "sum", "none")
+IGNORE_INDEX = -100  # the label of a token that has none, in transformers and PyTorch
 
 # Logits that the reference holds at a time: 64 MB in float32.
 _CHUNK_ELEMENTS = 2**24
@@ -280,7 +281,7 @@ def masked_lm_loss(
     bias: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
@@ -312,7 +313,7 @@ def masked_lm_loss_with_statistics(
     bias: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from albert_fast.ops.checks import check
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.packing import PackedBatch
 from albert_fast.pretraining.glossary import Glossary, Occurrences, find_occurrences
-from albert_fast.pretraining.masking import IGNORE_INDEX, Rows, Vocabulary, mask, replace_tokens
+from albert_fast.pretraining.masking import Rows, Vocabulary, mask, replace_tokens
 from albert_fast.pretraining.plan import ExampleOptions, Integers, Plan, coins, cuts, make_plan, plan_of_words, targets
 from albert_fast.pretraining.store import TokenStore
 from albert_fast.training.randomness import Bits, Purpose, below, bits, example_keys, heads, stream

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from albert_fast.config import AlbertConfig
-from albert_fast.model import AlbertAttention, AlbertForMaskedLM, AlbertForPreTraining, AlbertLayer
+from albert_fast.heads import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.model import AlbertAttention, AlbertLayer
 from albert_fast.ops.checks import check
 
 INITIALIZATIONS = ("original", "neighbors")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.heads import AlbertForMaskedLM, AlbertForPreTraining
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.feed import Corpus
 from albert_fast.pretraining.initialization import build_model, look_at_neighbors

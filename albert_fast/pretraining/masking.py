@@ -44,13 +44,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from albert_fast.ops.checks import check
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.training.randomness import Bits, Purpose, below, bits, stream, uniform
 
 if TYPE_CHECKING:
     from albert_fast.tokenizer import AlbertTokenizer
 
 STRATEGIES = ("random", "whole_word", "full", "ngram", "span", "cross", "cross_segment", "tlm", "dmlm")
-IGNORE_INDEX = -100
 MOST_ROWS, MOST_WORDS = 1 << 20, 1 << 16  # of a batch, and of a row: what one sort key has room for
 
 Ids = NDArray[np.int64]

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
-from albert_fast.ops.masked_lm_loss import masked_lm_loss_with_statistics
+from albert_fast.heads import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX, masked_lm_loss_with_statistics
 from albert_fast.pretraining.examples import Batch
-from albert_fast.pretraining.masking import IGNORE_INDEX
 from albert_fast.pretraining.store import TokenStore
 from albert_fast.training.objective import Objective, Sums
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from albert_fast.ops.checks import check
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.pretraining.batch_size import find_batch_size, memory_of
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.examples import Batch
 from albert_fast.pretraining.feed import Corpus
 from albert_fast.pretraining.learner import make_learner
-from albert_fast.pretraining.masking import IGNORE_INDEX
 from albert_fast.pretraining.trainer import Trainer
 from albert_fast.training import parallel
 from albert_fast.training.loop import run_to_status

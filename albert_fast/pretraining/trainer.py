@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 from albert_fast.flops import flops
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.pretraining.config import PretrainConfig
 from albert_fast.pretraining.evaluation import evaluate
 from albert_fast.pretraining.examples import Batch
 from albert_fast.pretraining.feed import Corpus, Feed
 from albert_fast.pretraining.health import Watch
 from albert_fast.pretraining.learner import make_learner
-from albert_fast.pretraining.masking import IGNORE_INDEX
 from albert_fast.pretraining.objective import Means
 from albert_fast.training.loop import Finding, Loop
 from albert_fast.training.parallel import World

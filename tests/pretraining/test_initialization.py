@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from albert_fast.config import AlbertConfig
-from albert_fast.model import AlbertForMaskedLM, AlbertForPreTraining
+from albert_fast.heads import AlbertForMaskedLM, AlbertForPreTraining
 from albert_fast.pretraining.initialization import OFFSETS, build_model, look_at_neighbors
 
 SMALL = {

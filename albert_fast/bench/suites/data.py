@@ -16,13 +16,14 @@ from torch import Tensor
 from albert_fast.bench import parity
 from albert_fast.bench.arguments import Shape
 from albert_fast.bench.case import Case, Here
-from albert_fast.bench.data import IGNORE_INDEX, LABELLED_SHARE, Batch
+from albert_fast.bench.data import LABELLED_SHARE, Batch
 from albert_fast.bench.parity import Results
 from albert_fast.bench.peers.base import missing
 from albert_fast.bench.pretraining import make_examples
 from albert_fast.bench.suites.setting import Setting
 from albert_fast.bench.work import Work
 from albert_fast.bench.worker import TURN
+from albert_fast.ops.masked_lm_loss import IGNORE_INDEX
 from albert_fast.packing import PackedBatch
 
 Compute = Callable[[], Results]
