@@ -8,7 +8,7 @@ What differs from transformers, on purpose, beside what `albert_fast.model` name
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,14 +83,8 @@ class AlbertForPreTraining(AlbertPreTrainedModel):
             AlbertForPreTrainingOutput; the loss is the sum of those whose labels were given.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch, outputs = _encode(self, inputs, unpad, output_attentions, output_hidden_states)
         logits, loss = _masked_lm(self.predictions, batch, outputs, labels, return_logits, packed)
         sop_logits = self.sop_classifier(outputs.pooler_output)
         if sentence_order_label is not None:
@@ -139,14 +133,8 @@ class AlbertForMaskedLM(AlbertPreTrainedModel):
             MaskedLMOutput; the loss is the mean over the labelled tokens.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch, outputs = _encode(self, inputs, unpad, output_attentions, output_hidden_states)
         logits, loss = _masked_lm(self.predictions, batch, outputs, labels, return_logits, packed)
         return self._outputs(MaskedLMOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict)
 
@@ -185,14 +173,8 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
                 == 1 means regression, integer labels one class each, and floating ones several.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch, outputs = _encode(self, inputs, unpad, output_attentions, output_hidden_states)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None if labels is None else self._loss(logits, labels)
         return self._outputs(SequenceClassifierOutput(loss, logits, **_extras(batch, outputs, packed)), return_dict)
@@ -247,14 +229,8 @@ class AlbertForTokenClassification(AlbertPreTrainedModel):
             labels: int64 [batch, seq], -100 where a token has none.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch, outputs = _encode(self, inputs, unpad, output_attentions, output_hidden_states)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
@@ -300,14 +276,8 @@ class AlbertForQuestionAnswering(AlbertPreTrainedModel):
             QuestionAnsweringModelOutput. Logits are [batch, seq] also for a PackedBatch: their softmax is over a row.
         """
         packed = isinstance(input_ids, PackedBatch)
-        batch, bias = self._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch, outputs = _encode(self, inputs, unpad, output_attentions, output_hidden_states)
         logits = self.qa_outputs(outputs.last_hidden_state)
         start, end = batch.pad(logits, fill=torch.finfo(logits.dtype).min).unbind(-1)
         loss = None
@@ -357,22 +327,32 @@ class AlbertForMultipleChoice(AlbertPreTrainedModel):
         )
         assert isinstance(tokens, Tensor)
         choices = tokens.shape[1]
-        flat = [
-            None if tensor is None else tensor.flatten(0, 1)
-            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        ]
-        ids, mask, types, positions, embeds = flat
-        batch, bias = self._packed_inputs(ids, mask, types, positions, embeds, unpad)
-        outputs = self.albert(
-            batch,
-            bias,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        rows = tuple(None if tensor is None else tensor.flatten(0, 1) for tensor in inputs)
+        batch, outputs = _encode(self, rows, unpad, output_attentions, output_hidden_states)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return self._outputs(MultipleChoiceModelOutput(loss, logits, **_extras(batch, outputs, False)), return_dict)
+
+
+def _encode(
+    model: AlbertPreTrainedModel,
+    inputs: tuple[Any, ...],
+    unpad: bool,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+) -> tuple[PackedBatch, BaseModelOutputWithPooling]:
+    """The packed batch of `AlbertModel.forward`'s first five arguments, and the encoder's packed outputs."""
+    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
+    batch, bias = model._packed_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, unpad)
+    outputs = model._base(
+        batch,
+        bias,
+        output_attentions=output_attentions,
+        output_hidden_states=output_hidden_states,
+        return_dict=True,
+    )
+    return batch, outputs
 
 
 def _extras(
