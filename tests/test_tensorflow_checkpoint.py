@@ -12,6 +12,7 @@ import pytest
 import torch
 from fixtures.tensorflow.write import CLASSIFIER, CONFIG, PRETRAINING, encoder, values
 
+import albert_fast
 from albert_fast import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -350,9 +351,7 @@ def test_heads_by_shape(tmp_path, rows, architecture):
     config = AlbertConfig.from_pretrained(tmp_path / "out")
     assert config.architectures == [architecture or "AlbertForSequenceClassification"]
     assert config.num_labels == (2 if architecture == "AlbertForMultipleChoice" else rows)
-    from albert_fast import model
-
-    getattr(model, config.architectures[0]).from_pretrained(tmp_path / "out")
+    getattr(albert_fast, config.architectures[0]).from_pretrained(tmp_path / "out")
 
 
 def test_squad(tmp_path):
