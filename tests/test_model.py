@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import itertools
 import math
 import pickle
 import random
@@ -130,15 +129,15 @@ def scalar_of(output) -> Tensor:
     return (output["last_hidden_state"] * weights).sum() + (output["pooler_output"] * weights).sum()
 
 
-def nudged(model) -> list:
-    """Copies of the model with every weight moved to a neighbouring number of its format: models that float32 cannot
-    tell from it, whose gradients differ by what rounding alone does. One draw of that is a matter of luck: these and
-    the model's own make five."""
-    copies = [copy.deepcopy(model) for _ in range(4)]
-    for parameter in itertools.chain.from_iterable(one.parameters() for one in copies):
+def nudged(model, peer) -> tuple:
+    """Copies of both, every weight moved to a neighbouring number of its format, the same in both: models that float32
+    cannot tell from these, with other roundings."""
+    model, peer = copy.deepcopy(model), copy.deepcopy(peer)
+    for parameter in peer.parameters():
         upwards = torch.rand_like(parameter) < 0.5
         parameter.data = torch.nextafter(parameter.data, torch.where(upwards, torch.inf, -torch.inf))
-    return copies
+    model.load_state_dict(peer.state_dict())
+    return model, peer
 
 
 def outputs(model, inputs) -> dict[str, Tensor]:
@@ -156,18 +155,19 @@ def assert_equal(results, model, peer, inputs, tolerance=TOLERANCE, **ours_alone
     """Each tensor of results(model, inputs) equals transformers' to the tolerance.
 
     Where float32 does not determine one so well (key.bias's gradient is nothing but rounding, two logits may cancel),
-    ours is at most twice as far from the float64 one as transformers' own, and two epsilon of it, or of all gradients:
-    the median of five roundings beside the worst of five, for one rounding of ours alone lies beyond that by chance;
-    none of them lies beyond twice that. In float64, which has no finer oracle, a hundredth of the tolerance of the
-    whole takes the place of that.
+    ours is at most twice as far from the float64 one as transformers' own, and two epsilon of it, or of all gradients.
+    One rounding beside one lies beyond that by chance, also the median of five beside the worst of five in 0.6 % of
+    cases (where a model magnifies one direction, how far a rounding lies is the size of one normal number). Of 25 of
+    each, then, the median is held to the five sixths of transformers', which is where the worst of five lies, and the
+    root mean square to three times theirs: of a million such cases one fails, and of roundings four times as large
+    92 % do. In float64, which has no finer oracle, a hundredth of the tolerance of the whole takes the place of that.
     """
-    ours = [results(model, inputs | ours_alone)]
-    theirs = [results(peer, inputs)]
-    assert list(ours[0]) == list(theirs[0])
-    assert [name for name in ours[0] if ours[0][name] is None] == [n for n in theirs[0] if theirs[0][n] is None]
-    expected = {name: tensor for name, tensor in theirs[0].items() if tensor is not None}
-    assert all(ours[0][name].shape == expected[name].shape for name in expected)
-    loose = [name for name in expected if not relative_error(ours[0][name], expected[name]) <= tolerance]
+    ours, theirs = results(model, inputs | ours_alone), results(peer, inputs)
+    assert list(ours) == list(theirs)
+    assert [name for name in ours if ours[name] is None] == [name for name in theirs if theirs[name] is None]
+    expected = {name: tensor for name, tensor in theirs.items() if tensor is not None}
+    assert all(ours[name].shape == expected[name].shape for name in expected)
+    loose = [name for name in expected if not relative_error(ours[name], expected[name]) <= tolerance]
     if not loose:
         return
     size = {name: tensor.norm().item() for name, tensor in expected.items()}
@@ -175,23 +175,31 @@ def assert_equal(results, model, peer, inputs, tolerance=TOLERANCE, **ours_alone
         size = dict.fromkeys(size, math.hypot(*size.values()))
     if next(iter(expected.values())).dtype == torch.float64:
         for name in loose:
-            assert (ours[0][name] - expected[name]).norm().item() <= 0.01 * tolerance * size[name], name
+            assert (ours[name] - expected[name]).norm().item() <= 0.01 * tolerance * size[name], name
         return
-    exact = results(copy.deepcopy(peer).double(), inputs)
-    ours += [results(one, inputs | ours_alone) for one in nudged(model)]
-    for one in nudged(peer):
-        if results is gradients:
-            # PyTorch's fused function takes the softmax's backward from the output, as ours does: that rounds the
-            # gradients of query and key up to three times as much as the eager one.
-            one.set_attn_implementation("sdpa")
-        theirs.append(results(one, inputs))
-    epsilon = torch.finfo(torch.float32).eps
-    for name in loose:
-        off = torch.stack([(one[name] - exact[name]).norm() for one in ours])
-        allowed = 2 * torch.stack([(one[name] - exact[name]).norm() for one in theirs]).max() + 2 * epsilon * size[name]
-        found = f"{name}: {off.tolist()} off, {allowed:.3g} allowed, of {exact[name].norm():.3g}"
-        assert off.median() <= allowed, found
-        assert off.max() <= 2 * allowed, found
+
+    def off(model, peer) -> Tensor:
+        """(2, loose): how far ours and transformers' lie from the float64 ones."""
+        exact = results(copy.deepcopy(peer).double(), inputs)
+        found = (results(model, inputs | ours_alone), results(peer, inputs))
+        return torch.stack([torch.stack([(one[name] - exact[name]).norm() for name in loose]) for one in found])
+
+    floor = 2 * torch.finfo(torch.float32).eps * expected[loose[0]].new_tensor([size[name] for name in loose])
+    one_of_ours, one_of_theirs = off(model, peer)
+    if (one_of_ours <= 2 * one_of_theirs + floor).all():
+        return
+    if results is gradients:
+        # PyTorch's fused function takes the softmax's backward from the output, as ours does: that rounds the
+        # gradients of query and key up to three times as much as the eager one.
+        peer = copy.deepcopy(peer)
+        peer.set_attn_implementation("sdpa")
+    ours, theirs = torch.stack([off(*nudged(model, peer)) for _ in range(25)], 1)
+    median, most = ours.median(0).values, theirs.quantile(5 / 6, 0)
+    spread, their_spread = (one.square().mean(0).sqrt() for one in (ours, theirs))
+    for i, name in enumerate(loose):
+        found = f"{name}: median {median[i]:.3g}, rms {spread[i]:.3g}; theirs: {most[i]:.3g}, rms {their_spread[i]:.3g}"
+        assert median[i] <= 2 * most[i] + floor[i], found
+        assert spread[i] <= 3 * their_spread[i] + floor[i], found
 
 
 @pytest.mark.parametrize("head", HEADS)
