@@ -200,13 +200,13 @@ class Plan:
     def ninja_file(self, output: str) -> str:
         assert self.command is not None
         command, extra = shlex.join(self.command), shlex.join(self.extra_flags)
-        lines = [f"rule compile\n  command = {command} {_FLAGS} $flags {extra} -c $in -o $out"]
+        lines = [compile_rule(f"{command} {_FLAGS} $flags {extra}")]
         lines.append(f"rule link\n  command = {command} {extra} $in {self.link_flags} -o $out")
         names = self.object_names()
         for (path, flags), name in zip(self.units, names, strict=True):
             if path.name == _BINDING:
                 flags += f" -isystem {shlex.quote(str(Path(torch.__file__).parent / 'include'))}"
-            lines.append(f"build {name}: compile {quoted(path)}\n  flags = {flags}")
+            lines.append(compile_edge(name, path, flags))
         lines.append(f"build {output}: link {' '.join(names)}")
         return "\n".join(lines) + "\n"
 
@@ -219,9 +219,14 @@ def _isas(path: Path) -> tuple[str, ...]:
     return (*_ISAS, *_MORE_ISAS.get(path.name, ())) if found[1] == "ALBERT_ISA" else (found[1],)
 
 
-def quoted(path: Path) -> str:
-    """As ninja reads it."""
-    return re.sub(r"([ :$])", r"$\1", str(path))
+def compile_rule(command: str) -> str:
+    """In ninja's language. An object that is there is whole, and is right: its name says what it is made of, so that
+    neither times nor commands are compared, and it has that name once it is finished."""
+    return f"rule compile\n  command = {command} -c $source -o $out.part && mv $out.part $out\n  generator = 1"
+
+
+def compile_edge(name: str, source: Path, flags: str) -> str:
+    return f"build {name}: compile\n  source = {shlex.quote(str(source)).replace('$', '$$')}\n  flags = {flags}"
 
 
 def digest(*texts: str | bytes) -> str:

@@ -138,10 +138,10 @@ class Plan:
     def ninja_file(self, output: str) -> str:
         assert self.command is not None
         command = shlex.join(self.command)
-        lines = [f"rule compile\n  command = {command} $flags -c $in -o $out"]
+        lines = [native.compile_rule(f"{command} $flags")]
         lines.append(f"rule link\n  command = {command} -shared $in -o $out")
         lines += [
-            f"build {name}: compile {native.quoted(path)}\n  flags = {self.flags(path)}"
+            native.compile_edge(name, path, self.flags(path))
             for path, name in zip(self.sources, self.object_names(), strict=True)
         ]
         lines.append(f"build {output}: link {' '.join(self.object_names())}")
