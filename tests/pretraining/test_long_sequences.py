@@ -17,8 +17,9 @@ from albert_fast import native
 from albert_fast.memory import peak_resident_bytes
 
 # One process for all lengths, ascending: the peak so far is that of the last one. Dropout is on, as masks take memory.
+# Each run is a child of one that took a step already, which is most of the time.
 STEPS = """
-import json, sys, torch
+import json, os, sys, torch
 from albert_fast import AlbertConfig, AlbertForPreTraining, PackedBatch, kept_memory
 from albert_fast.memory import peak_resident_bytes
 torch.set_num_threads(1)
@@ -41,9 +42,16 @@ def step(length):
     return sum(kept.values())
 
 step(128)
-kept_memory.release()
-before = peak_resident_bytes()
-print(json.dumps([(step(length), peak_resident_bytes() - before) for length in map(int, sys.argv[1:])]))
+runs, *lengths = map(int, sys.argv[1:])
+for run in range(runs):
+    child = os.fork()
+    if child == 0:
+        step(128)  # what lies in files is its own from here on
+        kept_memory.release()
+        before = peak_resident_bytes()
+        print(json.dumps([(step(length), peak_resident_bytes() - before) for length in lengths]), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -54,14 +62,14 @@ class Memory(NamedTuple):
     peak: list[int]
 
 
-def measure(backend: str, lengths: list[int], runs: int = 1) -> Memory:
+def measure(backend: str, lengths: list[int], runs: int) -> Memory:
     """The medians of some runs: a peak that the system tells is off by megabytes now and then."""
     if peak_resident_bytes() is None:
         pytest.skip("this system does not tell a process's peak memory")
-    command = [sys.executable, "-c", STEPS, *map(str, lengths)]
+    command = [sys.executable, "-c", STEPS, *map(str, (runs, *lengths))]
     environment = {**os.environ, "ALBERT_FAST_BACKEND": backend}
-    said = [subprocess.run(command, check=True, capture_output=True, text=True, env=environment) for _ in range(runs)]
-    of_each = np.array([json.loads(run.stdout) for run in said])  # [runs, lengths, 2]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    of_each = np.array([json.loads(line) for line in said.splitlines()])  # [runs, lengths, 2]
     memory = Memory(*np.median(of_each, axis=0).astype(int).T.tolist())
     for name, values in memory._asdict().items():
         print(f"{backend}, {name}: {', '.join(f'{n}: {b / 1e6:.1f} MB' for n, b in zip(lengths, values, strict=True))}")
