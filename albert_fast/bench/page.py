@@ -7,17 +7,21 @@ and what two results differ in from `comparison`.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from albert_fast.bench import results
 from albert_fast.bench.checkout import short
 from albert_fast.bench.comparison import OURS
 from albert_fast.bench.results import GpuResult, Result
+
+if TYPE_CHECKING:
+    import jinja2
 
 # Options that the tables show anyway, and where the file was written.
 _SHOWN = ("shapes", "modes", "dtypes", "compare", "json")
@@ -62,9 +66,22 @@ def write(files: Sequence[str], output: str, *, compare: bool = False) -> None:
 
 def render(names: Sequence[str], read: Sequence[Result | GpuResult], *, compare: bool = False) -> str:
     """The page of results; `names` stand above each."""
-    import jinja2
-
     from albert_fast.bench import comparison, plots
+
+    measured = [result for result in read if isinstance(result, Result)]
+    return _template().render(
+        results=list(zip(names, read, strict=True)),
+        compared=comparison.compare(*measured) if compare else None,
+        peers=plots.looks(measured),
+        plots=plots,
+        comparison=comparison,
+        is_gpu=lambda result: isinstance(result, GpuResult),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -75,15 +92,7 @@ def render(names: Sequence[str], read: Sequence[Result | GpuResult], *, compare:
     )
     filters = (_facts, _summary, _date, _figure, _digits, _memory, _cell)
     environment.filters.update({"short": short, **{each.__name__.lstrip("_"): each for each in filters}})
-    measured = [result for result in read if isinstance(result, Result)]
-    return environment.get_template("page.html").render(
-        results=list(zip(names, read, strict=True)),
-        compared=comparison.compare(*measured) if compare else None,
-        peers=plots.looks(measured),
-        plots=plots,
-        comparison=comparison,
-        is_gpu=lambda result: isinstance(result, GpuResult),
-    )
+    return environment.get_template("page.html")
 
 
 def _names(files: Sequence[str]) -> list[str]:
