@@ -299,7 +299,7 @@ def test_graphs_of_many_tokens_are_for_others(device):
     ("tokens", "clusters", "words"), [(16, False, False), (17, False, False), (16, True, False), (16, False, True)]
 )
 def test_same_bits_each_time(tokens, clusters, words, device, monkeypatch):
-    """Whatever order the threads take: 10 to 100 times on the CPU, 10,000 on a GPU."""
+    """Whatever order the threads take: 100 times on the CPU, 10,000 on a GPU."""
     lengths = [3, tokens - 3]
     if words:
         case = case_of_words(device, lengths, watched=False, num_layers=1, dtype=torch.float16)
@@ -309,7 +309,7 @@ def test_same_bits_each_time(tokens, clusters, words, device, monkeypatch):
         case = Case(lengths, hidden, inner, num_heads=heads, num_layers=1, dtype=torch.float16, device=device)
     first = served(case, monkeypatch)
     assert_served_by_words(device, served=words)
-    for _ in range(10_000 if device.type == "cuda" else 10 if clusters else 30 if words else 100):
+    for _ in range(10_000 if device.type == "cuda" else 10 if clusters else 100):
         assert torch.equal(served(case, monkeypatch), first)
 
 

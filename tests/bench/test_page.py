@@ -223,7 +223,7 @@ def test_labels_of_a_roofline_have_room(count, monkeypatch):
     """Of works of one size, too, of any size."""
     figures = []
     monkeypatch.setattr(plots, "_svg", lambda figure, _: figures.append(figure) or "")
-    for _ in range(8):
+    for _ in range(20):
         smallest, longest = 10 ** random.uniform(-2, 4), random.choice([1.5, 5, 40, 3000])
         sizes = [smallest * longest ** random.random() for _ in range(count)]
         works = [work(f"{n}x1", [row("albert_fast", calls(50))], gflop=size) for n, size in enumerate(sizes, 1)]
